@@ -1,0 +1,209 @@
+"""From what the user names a model by to a live pipeline.
+
+A pipeline object is used as it is. `builtin:emoji`, a local folder, a Hub id and a single-file `.safetensors`
+checkpoint are loaded by stock diffusers, from safetensors only: a pickle can run code, so it is refused before
+anything opens it. Loading is in float32 unless a dtype is named, because half precision rounds small edits away.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from diffedit.errors import DiffEditError, ModelNotFoundError, UnknownNameError, UnsafeFormatError, nearest
+from diffedit.interfaces import LoadedModel, Sampling, Vocabulary
+
+BUILT_IN = {"emoji": "emoji"}
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$")
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+def load_model(
+    model: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    config: str | None = None,
+) -> LoadedModel:
+    """Whatever names a model -> a live pipeline.
+
+    Args:
+        model: a pipeline, `builtin:<name>`, a folder, a `.safetensors` file or a Hub id ("user/name").
+        device: moved there after loading; default: where it is.
+        dtype: weights are cast to it while loading; default float32. A pipeline object is only cast if it is named.
+        revision: branch, tag or commit of a Hub id; the commit it stood for is recorded.
+        token: Hub token; default: the one that huggingface_hub finds itself.
+        config: for a single-file checkpoint, a folder or Hub id with the configs and the tokenizer; default: diffusers
+            recognises the family and fetches them from the Hub.
+
+    Raises:
+        ModelNotFoundError: nothing is there, or it cannot be loaded.
+        UnknownNameError: no built-in model of that name.
+        UnsafeFormatError: a pickle.
+    """
+    if not isinstance(model, str | Path):
+        if not hasattr(model, "components"):
+            hint = "give a StableDiffusionPipeline, a folder, a .safetensors file, a Hub id or builtin:emoji"
+            raise ModelNotFoundError("that is not a model", value=type(model).__name__, hint=hint)
+        source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        return _place(LoadedModel(model, _public_name(str(source))), device, dtype)
+    name = str(model)
+    if name.startswith("builtin:"):
+        folder = _built_in(name.removeprefix("builtin:"))
+        return _place(_from_folder(folder, name, dtype or torch.float32), device, None)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _place(_from_folder(path, path.resolve().name, dtype or torch.float32), device, None)
+    if path.suffix.lower() in _PICKLES:
+        raise UnsafeFormatError(
+            "a pickle checkpoint can run code when it is opened",
+            value=repr(path.name),
+            hint="get the .safetensors version, or convert it on a machine that you can lose",
+        )
+    if path.is_file():
+        return _place(_from_single_file(path, dtype or torch.float32, config), device, None)
+    if _HUB_ID.match(name):
+        return _place(_from_hub(name, revision, token, dtype or torch.float32), device, None)
+    raise ModelNotFoundError(
+        "there is no such model",
+        value=repr(name),
+        cause="it is no folder, no file, and not of the form user/name",
+        hint=nearest(name, [f"builtin:{known}" for known in BUILT_IN]),
+    )
+
+
+def _built_in(name: str) -> Path:
+    if name not in BUILT_IN:
+        raise UnknownNameError(
+            "there is no built-in model of that name", value=repr(name), hint=nearest(name, BUILT_IN)
+        )
+    return Path(str(files("diffedit"))) / "assets" / BUILT_IN[name]
+
+
+def _from_folder(folder: Path, source: str, dtype: torch.dtype, revision: str | None = None) -> LoadedModel:
+    if not (folder / "model_index.json").is_file():
+        edit = (folder / "edit.safetensors").is_file()
+        raise ModelNotFoundError(
+            "the folder holds no diffusers pipeline (model_index.json is missing)",
+            value=repr(str(folder)),
+            cause="it holds an edit" if edit else None,
+            hint="load it onto a model with editor.load(folder)"
+            if edit
+            else "give the folder that save_pretrained() wrote",
+        )
+    weights = [p for p in folder.rglob("*") if p.suffix.lower() in (*_PICKLES, ".safetensors")]
+    if weights and all(p.suffix.lower() in _PICKLES for p in weights):
+        raise UnsafeFormatError(
+            "the folder holds its weights as pickles only",
+            value=repr(weights[0].name),
+            hint="save it again with safe_serialization=True on a machine that you can lose",
+        )
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = _load(
+        StableDiffusionPipeline.from_pretrained, folder, source, dtype, local_files_only=True, use_safetensors=True
+    )
+    vocabulary, sampling = _read_vocabulary(folder / "vocabulary.json")
+    return LoadedModel(pipeline, source, revision, vocabulary, sampling)
+
+
+def _from_single_file(path: Path, dtype: torch.dtype, config: str | None) -> LoadedModel:
+    if path.suffix.lower() != ".safetensors":
+        raise UnsafeFormatError(
+            "only .safetensors checkpoints are read", value=repr(path.name), hint="convert the file"
+        )
+    from diffusers import StableDiffusionPipeline
+
+    extra = {} if config is None else {"config": config}
+    return LoadedModel(_load(StableDiffusionPipeline.from_single_file, path, path.name, dtype, **extra), path.name)
+
+
+def _from_hub(name: str, revision: str | None, token: str | None, dtype: torch.dtype) -> LoadedModel:
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        folder = Path(StableDiffusionPipeline.download(name, revision=revision, token=token, use_safetensors=True))
+    except RepositoryNotFoundError as error:
+        hint = "check the spelling; a private or gated model needs a token"
+        raise ModelNotFoundError(
+            "the Hub has no such model, or it is not yours to see", value=repr(name), hint=hint
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            "the model cannot be fetched from the Hub, and it is not in the cache",
+            value=repr(name),
+            cause=_first_line(error),
+            hint="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
+        ) from error
+    commit = folder.name if _COMMIT.match(folder.name) else None
+    return _from_folder(folder, name, dtype, commit)
+
+
+def _load(loader: Any, where: Path, source: str, dtype: torch.dtype, **options: Any) -> Any:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    bars = (diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled())
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        return loader(str(where), dtype=dtype, **options)
+    except DiffEditError:
+        raise
+    except Exception as error:  # diffusers raises many types; the user needs one
+        raise ModelNotFoundError(
+            "the model cannot be loaded",
+            value=repr(source),
+            cause=_first_line(error),
+            hint="check that all its files are there",
+        ) from error
+    finally:
+        if bars[0]:
+            diffusers_logging.enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
+
+
+def _place(loaded: LoadedModel, device: str | torch.device | None, dtype: torch.dtype | None) -> LoadedModel:
+    if device is not None or dtype is not None:
+        loaded.pipeline.to(**{key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None})
+    return loaded
+
+
+def _read_vocabulary(path: Path) -> tuple[Vocabulary, Sampling]:
+    if not path.is_file():
+        return Vocabulary(), Sampling()
+    data = json.loads(path.read_text(encoding="utf-8"))
+    templates = data.get("templates", {})
+    vocabulary = Vocabulary(
+        objects=tuple(data.get("objects", ())),
+        styles=tuple(data.get("styles", ())),
+        backgrounds=tuple(data.get("backgrounds", ())),
+        nouns=tuple(data.get("categories", ())),
+        templates=tuple(templates.get("object", ())) if isinstance(templates, dict) else (),
+    )
+    return vocabulary, Sampling(data.get("steps", 50), data.get("guidance", 7.5), data.get("pixels"))
+
+
+def _public_name(source: str) -> str:
+    """A name that says nothing about this machine: Hub ids stay, paths lose their folders."""
+    return source if _HUB_ID.match(source) and not Path(source).exists() else Path(source).name
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,80 @@
+"""`diffedit generate`: pictures from a model, with or without edits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from diffedit.cli import options
+from diffedit.cli.describe import print_rows
+from diffedit.cli.editing import loading_fields, open_editor, save_image
+from diffedit.cli.shell import Result, working
+from diffedit.errors import OutputExistsError
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)],
+    edit: options.EditFolders = None,
+    seed: options.Seeds = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the pictures.")] = Path(
+        "pictures"
+    ),
+    overwrite: options.Overwrite = False,
+    backend: options.BackendName = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> Result:
+    """Draw every prompt with every seed; with --edit, from the edited model.
+
+    Example: diffedit generate builtin:emoji "a dog" "a cat" --edit no-dog --seed 0 --seed 1
+    """
+    seeds = list(dict.fromkeys(seed or [0]))
+    paths = picture_paths(out, prompt, seeds)
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise OutputExistsError(
+            "a picture of that name is already there",
+            value=str(existing[0]),
+            hint="choose another folder or add --overwrite",
+        )
+    editor = open_editor(model, loading_fields(backend, device, dtype))
+    with working(f"Loading {len(edit or ())} edits"):
+        loaded = [editor.load(folder).id for folder in edit or ()]
+    with working(f"Drawing {len(paths)} pictures"):
+        images = editor.generate(prompt, seeds=seeds, steps=steps, guidance=guidance)
+    pairs = [(text, number) for text in prompt for number in seeds]
+    for image, path in zip(images, paths, strict=True):
+        save_image(image, path)
+    pictures = [
+        {"prompt": text, "seed": number, "file": str(path)} for (text, number), path in zip(pairs, paths, strict=True)
+    ]
+
+    def render(console: Console) -> None:
+        print_rows(
+            console,
+            [(f"{text!r}, seed {number}", str(path)) for (text, number), path in zip(pairs, paths, strict=True)],
+        )
+
+    return Result({"command": "generate", "model": model, "edits": loaded, "pictures": pictures}, render)
+
+
+def picture_paths(folder: Path, prompts: list[str], seeds: list[int]) -> list[Path]:
+    """One file name per (prompt, seed), prompt by prompt: a running number, the prompt in plain letters, the seed.
+
+    >>> [str(path) for path in picture_paths(Path("out"), ["A dog!"], [0, 7])]
+    ['out/00-a-dog-seed0.png', 'out/00-a-dog-seed7.png']
+    """
+    names = []
+    for number, prompt in enumerate(prompts):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "prompt"
+        names += [folder / f"{number:02d}-{slug}-seed{seed}.png" for seed in seeds]
+    return names

@@ -1,0 +1,54 @@
+"""`diffedit update`: give a concept another meaning and save the edit."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from diffedit.cli import options
+from diffedit.cli.editing import Plan, concept_fields, loading_fields, run
+from diffedit.cli.shell import Result
+
+
+def update(
+    model: options.Model,
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="The concept to change.", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="What it should become.", show_default=False)],
+    kind: options.Kind = None,
+    alias: options.Alias = None,
+    preserve: options.Preserve = None,
+    template: options.Template = None,
+    random_seed: options.RandomSeed = 0,
+    updater: options.UpdaterName = "quickfix",
+    locator: options.LocatorName = "fixed",
+    setting: options.Setting = None,
+    backend: options.BackendName = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    out: options.EditOut = None,
+    overwrite: options.Overwrite = False,
+    preview: options.Preview = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> Result:
+    """Give a concept another meaning and save the edit.
+
+    Example: diffedit update builtin:emoji "crystal ball" snowflake -o crystal
+    """
+    return run(
+        Plan(
+            command="update",
+            model=model,
+            subjects=[subject],
+            target=target,
+            loading=loading_fields(backend, device, dtype),
+            concept=concept_fields(kind, alias, preserve, template, random_seed),
+            updater=updater,
+            locator=locator,
+            pairs=setting or (),
+            out=out,
+            overwrite=overwrite,
+            preview=preview,
+        )
+    )

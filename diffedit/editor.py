@@ -1,0 +1,300 @@
+"""The story in one screen: request -> locate -> solve -> write.
+
+    Editor("builtin:emoji").ablate("dog").save()
+
+An edit is always solved against the unedited weights, so that it loads on a pristine model anywhere and the order
+of edits does not matter; several edits in one model add up. Subjects given together are solved together, which
+keeps them from disturbing each other: prefer one `ablate([...])` to many.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffedit import registry
+from diffedit.backends.loading import load_model
+from diffedit.edit import Edit
+from diffedit.errors import NotAppliedError, RequestError, UnsupportedModelError
+from diffedit.interfaces import Backend, Locator, Updater, Vocabulary
+from diffedit.ledger import Ledger
+from diffedit.provenance import check_base, describe
+from diffedit.request import OBJECT_TEMPLATES, Action, Kind, Request, make_request
+from diffedit.targets import TargetChooser
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+logger = logging.getLogger("diffedit")
+
+
+class Editor:
+    """Edits what one text-to-image model knows.
+
+    Args:
+        model: a `StableDiffusionPipeline`, `"builtin:emoji"`, a pipeline folder, a Hub id or a single-file
+            `.safetensors` checkpoint.
+        backend: name of the model family; default: the one that recognises the model.
+        device: where to put the model; default: where it is.
+        dtype: dtype to load it in; default float32, which keeps small edits. A pipeline object keeps its own.
+        revision: branch, tag or commit of a Hub id.
+        token: Hub token.
+        config: for a single-file checkpoint, a folder or Hub id with its configs and tokenizer.
+
+    Raises:
+        DiffEditError: no such model, no backend for it, a pickle, an unknown name.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        backend: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        config: str | None = None,
+    ) -> None:
+        names = registry.names("backends") if backend is None else (backend,)
+        classes = [registry.get("backends", name) for name in names]
+        loaded = load_model(model, device=device, dtype=dtype, revision=revision, token=token, config=config)
+        accepting = [cls for cls in classes if cls.accepts(loaded.pipeline)]
+        if len(accepting) != 1:
+            raise UnsupportedModelError(
+                "no backend accepts the model" if not accepting else "several backends accept the model",
+                value=f"{type(loaded.pipeline).__name__} from {loaded.source!r}; tried {', '.join(names)}",
+                hint="see `diffedit list`; a plugin can add a model family"
+                if not accepting
+                else "choose one with backend=",
+            )
+        self.backend: Backend = accepting[0](loaded)
+        self.ledger = Ledger(self.backend)
+        self._edits: dict[str, Edit] = {}
+        self._chooser = TargetChooser(self.backend)
+
+    @property
+    def pipeline(self) -> Any:
+        """The live pipeline; its weights carry the active edits."""
+        return self.backend.model.pipeline
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the model is known to know; empty for most models."""
+        return self.backend.model.vocabulary
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits in the model, in the order they were applied."""
+        return tuple(self._edits[key] for key in self.ledger.active)
+
+    def ablate(
+        self,
+        subject: str | Sequence[str],
+        *,
+        target: str | None = None,
+        kind: Kind | None = None,
+        updater: str | Updater = "quickfix",
+        locator: str | Locator = "fixed",
+        preserve: Sequence[str] = (),
+        aliases: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Edit:
+        """Suppress one concept, or several in one solve.
+
+        Args:
+            subject: a name as it stands in prompts, or a list of them.
+            target: what takes its place; default: chosen automatically, logged, and recorded in the edit.
+            kind: "object" or "style"; default: a style if the model's vocabulary lists it or the subject says so.
+            updater: name or object.
+            locator: name or object.
+            preserve: concepts whose outputs must stay.
+            aliases: other names of the subject (one subject only).
+            templates: prompts around the subject, with one "{}" each; default: a broad set.
+            seed: for updaters and locators that draw random numbers.
+
+        Returns:
+            The edit, already in the model.
+        """
+        subjects = [subject] if isinstance(subject, str) else list(subject)
+        if not subjects:
+            raise RequestError("there is no subject", value="[]", hint="name at least one")
+        if aliases and len(subjects) > 1:
+            raise RequestError("aliases belong to one subject", value=subjects, hint="list them as subjects")
+        requests = [
+            self._request(name, "ablate", target, kind, preserve, aliases, templates, seed) for name in subjects
+        ]
+        return self.run(requests, updater=updater, locator=locator)
+
+    def update(
+        self,
+        subject: str,
+        target: str,
+        *,
+        kind: Kind | None = None,
+        updater: str | Updater = "quickfix",
+        locator: str | Locator = "fixed",
+        preserve: Sequence[str] = (),
+        aliases: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Edit:
+        """Give a concept another meaning ("flag of X" -> "flag of Y"); arguments as for `ablate`."""
+        request = self._request(subject, "update", target, kind, preserve, aliases, templates, seed)
+        return self.run([request], updater=updater, locator=locator)
+
+    def run(
+        self, requests: Sequence[Request], *, updater: str | Updater = "quickfix", locator: str | Locator = "fixed"
+    ) -> Edit:
+        """Carry out requests in one solve: what `ablate` and `update` call."""
+        subjects = [name.casefold() for request in requests for name in request.names]
+        if len(set(subjects)) < len(subjects):
+            twice = sorted({name for name in subjects if subjects.count(name) > 1})
+            raise RequestError("a subject is given twice", value=", ".join(twice), hint="name each once")
+        find: Locator = registry.build("locators", locator)
+        change: Updater = registry.build("updaters", updater)
+        with self.ledger.unedited():
+            filled, reasons = self._targets(requests)
+            location = find.locate(self.backend, filled)
+            wrong = [site.name for site in location.sites if site.role not in change.roles]
+            if wrong:
+                raise UnsupportedModelError(
+                    f"the updater {change.name} cannot edit these sites", value=", ".join(wrong)
+                )
+            delta = change.solve(self.backend, filled, location)
+        manifest = describe(self.backend, self.ledger, filled, reasons, location, delta, find, change)
+        edit = Edit(manifest, delta)
+        self._apply(edit)
+        return edit
+
+    def load(self, edit: Edit | str | Path) -> Edit:
+        """Apply an edit, or the edit in a folder, to this model.
+
+        Raises:
+            BaseMismatchError: it was made for another base model.
+            AlreadyAppliedError: it is in the model already.
+        """
+        if not isinstance(edit, Edit):
+            edit = Edit.load(edit)
+        elif edit.applied and edit.id not in self.ledger.active:
+            edit = Edit(edit.manifest, edit.delta)
+        check_base(edit.manifest, self.backend, self.ledger)
+        self._apply(edit)
+        return edit
+
+    def revert(self, edit: Edit | None = None) -> None:
+        """Take one edit out of the model, or all of them; the weights then are the original bits again."""
+        if edit is not None and edit.id not in self.ledger.active:
+            raise NotAppliedError("the edit is not in this model", value=repr(edit), hint="see editor.edits")
+        for key in [edit.id] if edit is not None else reversed(self.ledger.active):
+            self.ledger.revert(key)
+            self._edits.pop(key, None)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seeds: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 16,
+    ) -> list[Image]:
+        """Pictures of every prompt with every seed, prompt by prompt.
+
+        Args:
+            prompts: one or several.
+            seeds: one or several; the same prompt and seed give the same picture before and after an edit.
+            steps: denoising steps; default: the model's own.
+            guidance: classifier-free guidance scale; default: the model's own.
+            batch_size: pictures sampled together; costs memory, saves time.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+        pairs = [(text, number) for text in texts for number in numbers]
+        return self.generate_pairs(pairs, steps=steps, guidance=guidance, batch_size=batch_size)
+
+    def generate_pairs(
+        self,
+        pairs: Sequence[tuple[str, int]],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 16,
+    ) -> list[Image]:
+        """One picture per (prompt, seed) pair; arguments as for `generate`."""
+        sampling = self.backend.model.sampling
+        return self.backend.generate(
+            pairs,
+            steps=sampling.steps if steps is None else steps,
+            guidance=sampling.guidance if guidance is None else guidance,
+            batch_size=batch_size,
+        )
+
+    def save_pipeline(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the whole model with its active edits merged in, as a folder that stock diffusers loads.
+
+        Raises:
+            OutputExistsError: something is there already.
+            StorageError: the file system refused; nothing is left behind.
+        """
+        return self.backend.save(Path(path).expanduser(), overwrite=overwrite)
+
+    def _request(
+        self,
+        subject: str,
+        action: Action,
+        target: str | None,
+        kind: Kind | None,
+        preserve: Sequence[str],
+        aliases: Sequence[str],
+        templates: Sequence[str],
+        seed: int,
+    ) -> Request:
+        if kind is None and isinstance(subject, str):
+            kind, subject = self._kind(subject)
+        if not templates and kind == "object":
+            own = (template.replace("{}", "a {}") for template in self.vocabulary.templates if template != "{}")
+            templates = tuple(dict.fromkeys((*OBJECT_TEMPLATES, *own)))
+        return make_request(
+            subject=subject,
+            action=action,
+            target=target,
+            kind=kind or "object",
+            aliases=aliases,
+            templates=tuple(templates),
+            preserve=preserve,
+            seed=seed,
+        )
+
+    def _kind(self, subject: str) -> tuple[Kind, str]:
+        words = subject.strip()
+        for prefix, suffix in (("in the style of ", ""), ("the style of ", ""), ("", " style")):
+            if (
+                words.casefold().startswith(prefix)
+                and words.casefold().endswith(suffix)
+                and len(words) > len(prefix + suffix)
+            ):
+                return "style", words[len(prefix) : len(words) - len(suffix)]
+        known = {style.casefold() for style in self.vocabulary.styles}
+        return ("style" if words.casefold() in known else "object"), subject
+
+    def _targets(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
+        filled, reasons = [], []
+        for request in requests:
+            reason = "given"
+            if request.target is None:
+                target, reason = self._chooser.choose(request)
+                request = make_request(**{**request.model_dump(), "target": target})
+                logger.info("target for %r: %r, %s", request.subject, target, reason)
+            filled.append(request)
+            reasons.append(reason)
+        return filled, reasons
+
+    def _apply(self, edit: Edit) -> None:
+        self.ledger.apply(edit.id, edit.delta)
+        edit.bind(self.ledger)
+        self._edits[edit.id] = edit

@@ -1,0 +1,129 @@
+"""What an edit file says about itself: one frozen pydantic model, stored as canonical JSON inside the file.
+
+No time, host or path of a machine goes in: the same edit gives the same bytes. `edit_id` is the SHA-256 of the
+canonical manifest without the id itself: it covers requests, settings, base, results and, by hash, the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diffedit.delta import Diagnostics
+from diffedit.request import Request
+from diffedit.site import EditSite, Location, Role, TokenRule
+
+FORMAT = "diffedit-edit"
+FORMAT_VERSION = "1.0"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SiteRecord(_Frozen):
+    """One edited layer: what it is, what it was, what the edit made of it.
+
+    Attributes:
+        base_sha256: hash of the unedited weight per dtype name ("float32", "float16", "bfloat16"): the model's own and
+            every narrower one, so that a half-precision copy of the base is recognised.
+        result_sha256: hash of the weight after applying this edit alone to the base in `dtype`.
+        achieved: share of the requested change that survived the rounding to `dtype`.
+        dtype: the model's dtype when the edit was made.
+        diagnostics: the solve's own report, if there was a solve.
+    """
+
+    component: str
+    path: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,256}$")]
+    layer: int
+    role: Role
+    d_out: int
+    d_in: int
+    rank: int
+    relative_norm: float
+    base_sha256: dict[str, Sha256]
+    result_sha256: Sha256
+    achieved: float
+    dtype: str
+    diagnostics: dict[str, float] | None = None
+
+    @property
+    def site(self) -> EditSite:
+        """The site as the rest of the package knows it."""
+        return EditSite(self.component, self.path, self.layer, self.role, self.d_out, self.d_in)
+
+
+class BaseRecord(_Frozen):
+    """The model that the edit was made for."""
+
+    source: str
+    revision: str | None
+    backend: str
+    fingerprints: dict[str, Sha256]
+
+
+class PluginRecord(_Frozen):
+    """A locator or updater with its settings."""
+
+    name: str
+    reference: str
+    settings: dict[str, Any]
+
+
+class TensorRecord(_Frozen):
+    """One tensor of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: Sha256
+
+
+class Manifest(_Frozen):
+    """Everything about an edit but its numbers."""
+
+    format: str = FORMAT
+    format_version: str = FORMAT_VERSION
+    edit_id: str = ""
+    requests: tuple[Request, ...]
+    target_reasons: tuple[str, ...]
+    tokens: TokenRule
+    locator: PluginRecord
+    updater: PluginRecord
+    scores: tuple[float, ...] = ()
+    sites: tuple[SiteRecord, ...]
+    base: BaseRecord
+    versions: dict[str, str]
+    tensors: dict[str, TensorRecord]
+
+    @property
+    def location(self) -> Location:
+        """The location as the locator returned it."""
+        sites = tuple(record.site for record in self.sites)
+        return Location(sites, self.tokens, self.locator.name, self.locator.reference, self.scores)
+
+    def with_id(self) -> Manifest:
+        """The same manifest with its `edit_id` computed."""
+        content = self.model_dump(mode="json", exclude={"edit_id"})
+        return self.model_copy(update={"edit_id": hashlib.sha256(canonical_json(content)).hexdigest()})
+
+    def slug(self) -> str:
+        """A folder name: action and subjects, lower case, at most 60 characters."""
+        words = "-".join([self.requests[0].action, *(request.subject for request in self.requests)]).lower()
+        return re.sub(r"[^a-z0-9]+", "-", words).strip("-")[:60].rstrip("-") or "edit"
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys, no white space, no NaN: one text per value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def diagnostics_dict(diagnostics: Diagnostics | None) -> dict[str, float] | None:
+    """`Diagnostics` as plain numbers for the manifest."""
+    return None if diagnostics is None else {key: float(value) for key, value in vars(diagnostics).items()}

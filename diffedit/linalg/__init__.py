@@ -1,0 +1,1 @@
+"""The mathematics, free of any model: tensors in, factors out."""

@@ -1,0 +1,128 @@
+"""Where an edit comes from: writing that into its manifest, and refusing a model that it was not made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from diffedit.delta import Delta
+from diffedit.errors import AlreadyAppliedError, BaseMismatchError
+from diffedit.interfaces import Backend, Locator, Plugin, Updater
+from diffedit.io.files import delta_to_tensors, tensor_records
+from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord, diagnostics_dict
+from diffedit.ledger import Ledger, cast_hashes, tensor_hash
+from diffedit.request import Request
+from diffedit.site import Location
+
+_PACKAGES = ("diffedit", "diffusers", "safetensors", "torch", "transformers")
+
+
+def describe(
+    backend: Backend,
+    ledger: Ledger,
+    requests: Sequence[Request],
+    reasons: Sequence[str],
+    location: Location,
+    delta: Delta,
+    locator: Locator,
+    updater: Updater,
+) -> Manifest:
+    """The manifest of a solved edit, from a trial of its change on the unedited weights.
+
+    Args:
+        backend: the model.
+        ledger: its ledger.
+        requests: with every target filled in.
+        reasons: per request, why that target.
+        location: where the change acts.
+        delta: the change, float32 factors.
+        locator: what found the location.
+        updater: what solved for the change.
+
+    Raises:
+        NumericalError: the change cannot be written to this model; see `Ledger.trial`.
+    """
+    trial = ledger.trial(delta)
+    sites = []
+    for site, change in delta:
+        base, write = ledger.base(site), trial[site]
+        sites.append(
+            SiteRecord(
+                component=site.component,
+                path=site.path,
+                layer=site.layer,
+                role=site.role,
+                d_out=site.d_out,
+                d_in=site.d_in,
+                rank=change.rank,
+                relative_norm=write.relative_norm,
+                base_sha256=cast_hashes(base),
+                result_sha256=write.sha256,
+                achieved=write.achieved,
+                dtype=str(base.dtype).removeprefix("torch."),
+                diagnostics=diagnostics_dict(delta.diagnostics.get(site)),
+            )
+        )
+    model = backend.model
+    base_record = BaseRecord(
+        source=model.source, revision=model.revision, backend=backend.name, fingerprints=backend.fingerprints()
+    )
+    return Manifest(
+        requests=tuple(requests),
+        target_reasons=tuple(reasons),
+        tokens=location.tokens,
+        locator=_record(locator),
+        updater=_record(updater),
+        scores=location.scores,
+        sites=tuple(sites),
+        base=base_record,
+        versions={package: _version(package) for package in _PACKAGES},
+        tensors=tensor_records(delta_to_tensors(delta)),
+    ).with_id()
+
+
+def check_base(manifest: Manifest, backend: Backend, ledger: Ledger) -> None:
+    """Refuse an edit whose base is not this model.
+
+    A half-precision copy of the base passes (its hash is recorded too); another model of the same shape does not.
+
+    Raises:
+        BaseMismatchError: naming both fingerprints.
+        AlreadyAppliedError: the weights are the edit's result already.
+    """
+    sources = f"its base is {manifest.base.source!r}, this is {backend.model.source!r}"
+    mine = backend.fingerprints()
+    for part, digest in sorted(manifest.base.fingerprints.items()):
+        if digest != mine.get(part):
+            raise BaseMismatchError(
+                f"the edit was made for a model with another {part}",
+                value=f"edit {digest[:12]}, model {mine.get(part, 'none')[:12]}",
+                cause=sources,
+                hint="load the edit's own base",
+            )
+    for record in manifest.sites:
+        base = ledger.base(record.site)
+        own = cast_hashes(base)
+        if any(own.get(name) == digest for name, digest in record.base_sha256.items()):
+            continue
+        if tensor_hash(base) == record.result_sha256:
+            raise AlreadyAppliedError("the weights are this edit's result already", value=manifest.edit_id[:12])
+        dtype = str(base.dtype).removeprefix("torch.")
+        recorded = ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(record.base_sha256.items()))
+        raise BaseMismatchError(
+            f"the edit was made for other weights at {record.site.name}",
+            value=f"edit {recorded}; model {dtype} {own[dtype][:12]}",
+            cause=sources,
+            hint="load the edit's own base, or ablate again on this model",
+        )
+
+
+def _record(plugin: Plugin) -> PluginRecord:
+    return PluginRecord(name=plugin.name, reference=plugin.reference, settings=plugin.model_dump(mode="json"))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,78 @@
+"""Name -> class, for backends, locators and updaters: one built-in table, then entry points.
+
+The folder's name is the kind and the entry-point group: `diffedit.backends`, `diffedit.locators`, `diffedit.updaters`.
+Built-in classes are imported only when they are asked for, so `import diffedit` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from diffedit.errors import UnknownNameError, nearest
+from diffedit.interfaces import Backend, Locator, Plugin, Updater
+
+Kind = Literal["backends", "locators", "updaters"]
+
+BUILT_IN: dict[Kind, dict[str, str]] = {
+    "backends": {
+        "sd1": "diffedit.backends.stable_diffusion:SD1",
+        "sd2": "diffedit.backends.stable_diffusion:SD2",
+    },
+    "locators": {"fixed": "diffedit.locators.fixed:FixedLocator"},
+    "updaters": {
+        "quickfix": "diffedit.updaters.closed_form:QuickFix",
+        "quickfix-published": "diffedit.updaters.closed_form:QuickFixPublished",
+    },
+}
+_BASES: dict[Kind, type] = {"backends": Backend, "locators": Locator, "updaters": Updater}
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """All registered names of a kind, sorted."""
+    return tuple(sorted({*BUILT_IN[kind], *_third_party(kind)}))
+
+
+def get(kind: Kind, name: str) -> Any:
+    """The class registered under a name.
+
+    Raises:
+        UnknownNameError: no such name; a plugin that takes a built-in name; or an entry point that is not of the kind.
+    """
+    others = _third_party(kind)
+    if name in BUILT_IN[kind]:
+        module, _, attribute = BUILT_IN[kind][name].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        return found
+    if name not in others:
+        raise UnknownNameError(
+            f"there is no {kind[:-1]} of that name", value=repr(name), hint=nearest(name, names(kind))
+        )
+    found = others[name].load()
+    if not (isinstance(found, type) and issubclass(found, _BASES[kind])):
+        raise UnknownNameError(
+            f"the entry point {name!r} is not a {kind[:-1]}",
+            value=others[name].value,
+            hint=f"point it at a subclass of diffedit.{_BASES[kind].__name__}",
+        )
+    if getattr(found, "name", None) != name:
+        raise UnknownNameError(
+            f"the entry point {name!r} points at a class that calls itself otherwise",
+            value=repr(getattr(found, "name", None)),
+            hint="make the two names equal",
+        )
+    return found
+
+
+def build(kind: Literal["locators", "updaters"], given: str | Plugin) -> Any:
+    """A locator or updater from its name (default settings), or the given object itself if it is one."""
+    if isinstance(given, _BASES[kind]):
+        return given
+    if not isinstance(given, str):
+        raise UnknownNameError(f"a {kind[:-1]} is given by name or as an object", value=type(given).__name__)
+    return get(kind, given)()
+
+
+def _third_party(kind: Kind) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=f"diffedit.{kind}") if point.name not in BUILT_IN[kind]}

@@ -1,0 +1,78 @@
+"""Choosing what takes an ablated concept's place when the user names nothing.
+
+A style is dropped: "a picture in the style of X" is to read as "a picture in the style of a picture". An object becomes
+the nearest general noun ("Snoopy" -> "dog"), nearest by cosine in the model's own text encoder. The candidates are the
+model's own general nouns if its vocabulary names some, else a bundled list. The choice and the runner-up are written
+into the edit.
+"""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from diffedit.errors import RequestError
+from diffedit.interfaces import Backend
+from diffedit.request import Request
+from diffedit.text import with_article
+
+STYLE_TARGET = "picture"
+
+
+@cache
+def general_nouns() -> tuple[str, ...]:
+    """The bundled list, one noun a line."""
+    text = (files("diffedit") / "assets" / "general_nouns.txt").read_text(encoding="utf-8")
+    return tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))
+
+
+class TargetChooser:
+    """Chooses targets for one model; the candidates are encoded once, on first use.
+
+    Args:
+        backend: the model, with unedited weights whenever `choose` is called.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def nouns(self) -> tuple[str, ...]:
+        """The candidates."""
+        return self._backend.model.vocabulary.nouns or general_nouns()
+
+    @cached_property
+    def _candidates(self) -> Tensor:
+        return self._encode(self.nouns)
+
+    def choose(self, request: Request) -> tuple[str, str]:
+        """A target for a request that has none.
+
+        Returns:
+            The target and the sentence that explains it.
+
+        Raises:
+            RequestError: no candidate is left.
+        """
+        if request.kind == "style":
+            return STYLE_TARGET, f"a style is dropped: {STYLE_TARGET!r} takes its place"
+        taken = {name.casefold() for name in (*request.names, *request.preserve)}
+        cosine = self._candidates @ self._encode((request.subject,))[0]
+        scored = sorted(
+            (-float(c), noun) for noun, c in zip(self.nouns, cosine, strict=True) if noun.casefold() not in taken
+        )
+        if not scored:
+            raise RequestError(
+                "no general noun is left to choose from", value=repr(request.subject), hint="name a target"
+            )
+        reason = f"nearest of {len(scored)} general nouns by the model's own text encoder, cosine {-scored[0][0]:.2f}"
+        if len(scored) > 1:
+            reason += f"; next {scored[1][1]!r}, {-scored[1][0]:.2f}"
+        return scored[0][1], reason
+
+    def _encode(self, nouns: tuple[str, ...]) -> Tensor:
+        """[n, d] unit vectors of "a dog", "an owl", ..."""
+        return torch.nn.functional.normalize(self._backend.features([with_article(noun) for noun in nouns]), dim=1)

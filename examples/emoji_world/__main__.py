@@ -1,0 +1,84 @@
+"""Command line: `build` pictures and tokenizer, `train` the parts, `evaluate` the gate, `export` the folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPModel
+
+from . import classifier, clip, common, evaluate, export, pictures, tokenizer, unet, vae
+from .world import OBJECTS, STYLES, compose
+
+STAGES: dict[str, float] = {"vae": 38, "clip": 19, "scorer": 15, "classifier": 6, "unet": 65}  # minutes on two cores
+
+
+def snapshot(work: Path, step: int) -> None:
+    """Export the denoiser as it is now, so that others can work with it while it trains."""
+    export.export_pipeline(work, work / "export_latest", unet.averaged_unet(work, 128))
+    common.log.info("exported step %d", step)
+
+
+def train(work: Path, stages: list[str], minutes: float | None) -> None:
+    """Train the stages in order; each resumes from its checkpoint."""
+    for stage in stages:
+        limit = minutes or STAGES[stage]
+        copier = AutoencoderKL.from_pretrained(work / "vae").eval() if stage in ("scorer", "classifier") else None
+        if stage == "vae":
+            vae.train_vae(work, limit)
+        elif stage == "clip":
+            clip.train_clip("clip", work, limit, seed=2)
+        elif stage == "scorer":
+            clip.train_clip("scorer", work, limit, seed=11, batch=64, vae=copier)
+        elif stage == "classifier":
+            classifier.train_classifier(work, limit, vae=copier)
+        else:
+            unet.train_unet(work, limit, on_report=lambda step: snapshot(work, step))
+
+
+def samples(work: Path) -> None:
+    """A sheet for the model card: twelve objects in every style."""
+    pipe = unet.assemble(work, unet.averaged_unet(work, 128))
+    prompts = [compose(name, 1, style, None).text for style in STYLES for name in OBJECTS[2::6]]
+    grid = unet.sample(pipe, prompts, [2_000_000 + i for i in range(len(prompts))])
+    common.save_grid(grid, work / "samples.png", len(OBJECTS[2::6]))
+
+
+def main() -> None:
+    """Parse the arguments and run one command."""
+    parser = argparse.ArgumentParser(prog="python -m examples.emoji_world", description=__doc__)
+    parser.add_argument("command", choices=["build", "train", "evaluate", "export"])
+    parser.add_argument("--work", type=Path, default=Path("emoji_world_work"), help="data, checkpoints, plots")
+    parser.add_argument("--packages", type=Path, help="build: folder with the unpacked icon packages")
+    parser.add_argument("--bpe", type=Path, help="build: bpe_simple_vocab_16e6.txt.gz, or a wheel that contains it")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="train: which parts")
+    parser.add_argument("--minutes", type=float, help="train: instead of each part's usual time")
+    parser.add_argument("--seeds", type=int, default=3, help="evaluate: pictures for each object in each style")
+    parser.add_argument("--out", type=Path, help="export: folder that receives emoji/ and emoji-scorer/")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    common.set_up(args.threads, seed=0)
+    if args.command == "build":
+        if args.packages is None or args.bpe is None:
+            parser.error("build needs --packages and --bpe")
+        pictures.build(args.packages, args.work)
+        tokenizer.build_tokenizer(args.bpe, args.work / "tokenizer")
+    elif args.command == "train":
+        train(args.work, args.stages, args.minutes)
+    elif args.command == "evaluate":
+        pipe = unet.assemble(args.work, unet.averaged_unet(args.work, 128))
+        scorer = CLIPModel.from_pretrained(args.work / "scorer", dtype=torch.float32).eval()
+        evaluate.evaluate(pipe, scorer, args.work, args.seeds)
+    else:
+        out = args.out or args.work / "export"
+        gate = json.loads((args.work / "gate.json").read_text()) if (args.work / "gate.json").exists() else None
+        samples(args.work)
+        export.export_pipeline(args.work, out / "emoji", unet.averaged_unet(args.work, 128), gate)
+        export.export_scorer(args.work, out / "emoji-scorer", gate)
+
+
+if __name__ == "__main__":
+    main()
