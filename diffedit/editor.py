@@ -10,7 +10,7 @@ keeps them from disturbing each other: prefer one `ablate([...])` to many.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ from diffedit.backends.loading import load_model
 from diffedit.edit import Edit
 from diffedit.errors import NotAppliedError, RequestError, UnsupportedModelError
 from diffedit.interfaces import Backend, Locator, Updater, Vocabulary
-from diffedit.ledger import Ledger
+from diffedit.ledger import Ledger, Trial
 from diffedit.provenance import check_base, describe
 from diffedit.request import OBJECT_TEMPLATES, Action, Kind, Request, make_request
+from diffedit.site import EditSite
 from diffedit.targets import TargetChooser
 
 if TYPE_CHECKING:
@@ -166,10 +167,9 @@ class Editor:
                     f"the updater {change.name} cannot edit these sites", value=", ".join(wrong)
                 )
             delta = change.solve(self.backend, filled, location)
-        manifest = describe(self.backend, self.ledger, filled, reasons, location, delta, find, change)
-        edit = Edit(manifest, delta)
-        self._apply(edit)
-        return edit
+        trial = self.ledger.trial(delta)
+        manifest = describe(self.backend, self.ledger, filled, reasons, location, delta, trial, find, change)
+        return self._apply(Edit(manifest, delta), trial)
 
     def load(self, edit: Edit | str | Path) -> Edit:
         """Apply an edit, or the edit in a folder, to this model.
@@ -183,8 +183,7 @@ class Editor:
         elif edit.applied and edit.id not in self.ledger.active:
             edit = Edit(edit.manifest, edit.delta)
         check_base(edit.manifest, self.backend, self.ledger)
-        self._apply(edit)
-        return edit
+        return self._apply(edit)
 
     def revert(self, edit: Edit | None = None) -> None:
         """Take one edit out of the model, or all of them; the weights then are the original bits again."""
@@ -294,7 +293,8 @@ class Editor:
             reasons.append(reason)
         return filled, reasons
 
-    def _apply(self, edit: Edit) -> None:
-        self.ledger.apply(edit.id, edit.delta)
+    def _apply(self, edit: Edit, trial: Mapping[EditSite, Trial] | None = None) -> Edit:
+        self.ledger.apply(edit.id, edit.delta, trial)
         edit.bind(self.ledger)
         self._edits[edit.id] = edit
+        return edit

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,16 +38,18 @@ from diffedit.site import EditSite
 FLOORS = {torch.float64: 0.99, torch.float32: 0.99, torch.float16: 0.95, torch.bfloat16: 0.90}
 
 
-@dataclass(frozen=True)
-class Write:
+@dataclass(frozen=True, eq=False)
+class Trial:
     """What applying one change to one pristine weight gives.
 
     Attributes:
+        weight: [d_out, d_in], the resulting weight in the model's dtype.
         sha256: hash of the resulting weight, in the model's dtype.
         achieved: share of the requested change that survived the rounding, where the change acts (its row space).
         relative_norm: |change| / |weight|.
     """
 
+    weight: Tensor
     sha256: str
     achieved: float
     relative_norm: float
@@ -84,18 +86,23 @@ class Ledger:
             return self._base[site]
         return self._backend.weight(site).detach()
 
-    def trial(self, delta: Delta) -> dict[EditSite, Write]:
+    def trial(self, delta: Delta) -> dict[EditSite, Trial]:
         """What the change alone would make of the unedited weights. Writes nothing; raises what `apply` would raise."""
         out = {}
         for site, change in delta:
             base = self.base(site)
             weight, achieved = _sum(site, base, [change])
-            norm = float(torch.linalg.matrix_norm(base.double()))
-            out[site] = Write(tensor_hash(weight), achieved, change.norm() / norm if norm else float("inf"))
+            norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
+            out[site] = Trial(weight, tensor_hash(weight), achieved, change.norm() / norm if norm else float("inf"))
         return out
 
-    def apply(self, edit_id: str, delta: Delta) -> None:
+    def apply(self, edit_id: str, delta: Delta, trial: Mapping[EditSite, Trial] | None = None) -> None:
         """Add an edit to the model.
+
+        Args:
+            edit_id: its id.
+            delta: its change.
+            trial: what `trial` said of this change, to spare computing it again.
 
         Raises:
             AlreadyAppliedError: it is in the model already.
@@ -108,7 +115,8 @@ class Ledger:
                 raise AlreadyAppliedError(
                     "the edit is in the model already", value=edit_id[:12], hint="revert it first"
                 )
-            self._rewrite({**self._active, edit_id: delta}, delta.sites)
+            alone = trial if not self._active else None
+            self._rewrite({**self._active, edit_id: delta}, delta.sites, alone)
 
     def revert(self, edit_id: str) -> None:
         """Take an edit out of the model; the others stay.
@@ -156,18 +164,23 @@ class Ledger:
                 hint="undo that change (for a LoRA: unfuse, unload), or open a new Editor on the model as it is",
             )
 
-    def _rewrite(self, active: dict[str, Delta], sites: tuple[EditSite, ...]) -> None:
+    def _rewrite(
+        self, active: dict[str, Delta], sites: tuple[EditSite, ...], trial: Mapping[EditSite, Trial] | None = None
+    ) -> None:
         """Make `active` the edits in the model: compute every touched weight, then write all or none."""
-        new: dict[EditSite, Tensor] = {}
         live = {site: self._backend.weight(site) for site in sites}
+        new: dict[EditSite, Tensor] = {}
+        hashes: dict[EditSite, str] = {}
         for site in sites:
             self.check(site)
+            if site not in self._base:
+                self._base[site] = live[site].detach().to("cpu", copy=True)
             changes = [active[key].factors[site] for key in sorted(active) if site in active[key].factors]
-            base = self._base.get(site)
-            if base is None:
-                base = live[site].detach().to("cpu", copy=True)
-            new[site] = _sum(site, base, changes)[0] if changes else base
-            self._base.setdefault(site, base)
+            if trial is not None:
+                new[site], hashes[site] = trial[site].weight, trial[site].sha256
+            else:
+                new[site] = _sum(site, self._base[site], changes)[0] if changes else self._base[site]
+                hashes[site] = tensor_hash(new[site])
         before = {site: weight.detach().clone() for site, weight in live.items()}
         try:
             with torch.no_grad():
@@ -178,7 +191,7 @@ class Ledger:
                 for site, weight in live.items():
                     weight.copy_(before[site])
             raise
-        self._written.update({site: tensor_hash(weight) for site, weight in live.items()})
+        self._written.update(hashes)
         self._active = active
 
     @contextmanager
@@ -208,21 +221,20 @@ def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, 
     for change in changes:
         change.check_finite(site.name)
     exact = base.double()
-    if not bool(torch.isfinite(exact).all()):
+    if not _finite(exact):
         bad = int((~torch.isfinite(exact)).sum())
         raise NonFiniteError(
             f"the weight of {site.name} is not finite", value=f"{bad} numbers", hint="reload the model"
         )
-    wanted = torch.zeros_like(exact)
-    for change in changes:
-        wanted += change.to(torch.float64, exact.device).dense()
-    weight = (exact + wanted).to(base.dtype)
-    if not bool(torch.isfinite(weight).all()):
+    up = torch.cat([change.up.double().to(exact.device) for change in changes], 1)
+    down = torch.cat([change.down.double().to(exact.device) for change in changes], 0)
+    weight = torch.addmm(exact, up, down).to(base.dtype)
+    if not _finite(weight):
         raise NonFiniteError(
             f"the edited weight of {site.name} overflows {base.dtype}", hint="load the model in float32"
         )
-    basis = torch.linalg.qr(torch.cat([change.down.double().to(exact.device) for change in changes]).T).Q
-    asked, got = wanted @ basis, (weight.double() - exact) @ basis
+    basis = torch.linalg.qr(down.T).Q
+    asked, got = up @ (down @ basis), (weight.double() - exact) @ basis
     total = float((asked * asked).sum())
     if total == 0.0:
         raise NoOpError(f"the edit does not change {site.name}", hint="choose another target, or do not scale it to 0")
@@ -236,3 +248,8 @@ def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, 
             hint="load the model in float32 and edit that",
         )
     return weight, achieved
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether every number is finite: a sum carries any NaN or infinity, and in float64 it does not overflow."""
+    return bool(torch.isfinite(values.sum(dtype=torch.float64)))

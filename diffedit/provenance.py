@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from diffedit.delta import Delta
@@ -10,9 +11,9 @@ from diffedit.errors import AlreadyAppliedError, BaseMismatchError
 from diffedit.interfaces import Backend, Locator, Plugin, Updater
 from diffedit.io.files import delta_to_tensors, tensor_records
 from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord, diagnostics_dict
-from diffedit.ledger import Ledger, cast_hashes, tensor_hash
+from diffedit.ledger import Ledger, Trial, cast_hashes, tensor_hash
 from diffedit.request import Request
-from diffedit.site import Location
+from diffedit.site import EditSite, Location
 
 _PACKAGES = ("diffedit", "diffusers", "safetensors", "torch", "transformers")
 
@@ -24,10 +25,11 @@ def describe(
     reasons: Sequence[str],
     location: Location,
     delta: Delta,
+    trial: Mapping[EditSite, Trial],
     locator: Locator,
     updater: Updater,
 ) -> Manifest:
-    """The manifest of a solved edit, from a trial of its change on the unedited weights.
+    """The manifest of a solved edit.
 
     Args:
         backend: the model.
@@ -36,16 +38,13 @@ def describe(
         reasons: per request, why that target.
         location: where the change acts.
         delta: the change, float32 factors.
+        trial: what `Ledger.trial` made of it.
         locator: what found the location.
         updater: what solved for the change.
-
-    Raises:
-        NumericalError: the change cannot be written to this model; see `Ledger.trial`.
     """
-    trial = ledger.trial(delta)
     sites = []
     for site, change in delta:
-        base, write = ledger.base(site), trial[site]
+        base, tried = ledger.base(site), trial[site]
         sites.append(
             SiteRecord(
                 component=site.component,
@@ -55,10 +54,10 @@ def describe(
                 d_out=site.d_out,
                 d_in=site.d_in,
                 rank=change.rank,
-                relative_norm=write.relative_norm,
+                relative_norm=tried.relative_norm,
                 base_sha256=cast_hashes(base),
-                result_sha256=write.sha256,
-                achieved=write.achieved,
+                result_sha256=tried.sha256,
+                achieved=tried.achieved,
                 dtype=str(base.dtype).removeprefix("torch."),
                 diagnostics=diagnostics_dict(delta.diagnostics.get(site)),
             )
@@ -121,6 +120,7 @@ def _record(plugin: Plugin) -> PluginRecord:
     return PluginRecord(name=plugin.name, reference=plugin.reference, settings=plugin.model_dump(mode="json"))
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

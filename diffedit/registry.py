@@ -40,11 +40,11 @@ def get(kind: Kind, name: str) -> Any:
     Raises:
         UnknownNameError: no such name; a plugin that takes a built-in name; or an entry point that is not of the kind.
     """
-    others = _third_party(kind)
     if name in BUILT_IN[kind]:
         module, _, attribute = BUILT_IN[kind][name].partition(":")
         found = getattr(importlib.import_module(module), attribute)
         return found
+    others = _third_party(kind)
     if name not in others:
         raise UnknownNameError(
             f"there is no {kind[:-1]} of that name", value=repr(name), hint=nearest(name, names(kind))

@@ -69,10 +69,9 @@ class Request(BaseModel):
     @field_validator("aliases", "preserve", mode="before")
     @classmethod
     def _clean_list(cls, value: Any, info: Any) -> Any:
-        if isinstance(value, str):
-            raise RequestError(
-                f"{info.field_name} must be a list of names", value=repr(value), hint=f"write [{value!r}]"
-            )
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            hint = f"write [{value!r}]" if isinstance(value, str) else "give a list, or leave it out"
+            raise RequestError(f"{info.field_name} must be a list of names", value=repr(value), hint=hint)
         singular = {"aliases": "alias", "preserve": "preserve entry"}[info.field_name]
         return tuple(dict.fromkeys(noun(clean(item, singular)) for item in value))
 

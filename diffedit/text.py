@@ -12,7 +12,7 @@ import unicodedata
 from diffedit.errors import EmptySubjectError, RequestError, SubjectNotFoundError, nearest
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-_ARTICLE = re.compile(r"^(?:a|an|the)\s+(?=\S)", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:(?:a|an|the)\s+)+(?=\S)", re.IGNORECASE)
 _DANGLING = re.compile(r"\b(a|an)(\s+)$", re.IGNORECASE)
 _VOWEL = re.compile(r"[aeiou]", re.IGNORECASE)
 _CONSONANT_SOUND = re.compile(r"(?:uni(?!n)|use|usu|eu|one\b|ukulele)", re.IGNORECASE)
@@ -36,7 +36,7 @@ def clean(text: str, what: str) -> str:
             f"the {what} holds an unpaired surrogate", value=ascii(text), hint="decode the text as UTF-8"
         )
     out = " ".join(unicodedata.normalize("NFC", text).split())
-    if not out:
+    if all(ch == " " or unicodedata.category(ch) == "Cf" for ch in out):  # invisible marks alone say nothing
         raise EmptySubjectError(f"the {what} is empty", value=repr(text), hint=f"name the {what} in words")
     for token in _SPECIAL:
         if token in out.lower():

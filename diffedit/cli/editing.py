@@ -113,7 +113,7 @@ def run(plan: Plan) -> Result:
             edit = editor.update(plan.subjects[0], plan.target, **chosen)
         else:
             edit = editor.ablate(list(plan.subjects), target=plan.target, **chosen)
-        folder = Path(edit.save(plan.out, overwrite=plan.overwrite))
+        folder = _shortest(edit.save(plan.out, overwrite=plan.overwrite))
     picture = folder / PREVIEW_NAME if plan.preview else None
     if picture:
         save_image(draw_preview(editor, edit), picture)
@@ -188,6 +188,12 @@ def _report(command: str, edit: Edit, folder: Path, picture: Path | None) -> Res
         print_rows(console, rows)
 
     return Result(payload, render)
+
+
+def _shortest(path: Path) -> Path:
+    """The path from here, if it lies below the working directory."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def edit_size(files: dict[str, int]) -> int:

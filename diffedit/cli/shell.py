@@ -70,29 +70,29 @@ class Group(TyperGroup):
         as_json, debug = "--json" in flags, "--debug" in flags
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        stdout = sys.stdout
+        try:
+            code = self._run(given, as_json, debug, {**extra, "complete_var": complete_var})
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of a pipe left; there is nobody to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_FAILED
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, args: list[str], as_json: bool, debug: bool, extra: dict[str, Any]) -> int:
         try:
             with _library_warnings(shown=debug):
-                outcome = super().main(
-                    given,
-                    prog_name="diffedit",
-                    complete_var=complete_var,
-                    standalone_mode=False,
-                    windows_expand_args=windows_expand_args,
-                    **extra,
-                )
-            code = _report(outcome, as_json)
+                outcome = super().main(args, prog_name="diffedit", standalone_mode=False, **extra)
+            return _report(outcome, as_json)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-            code = EXIT_FAILED
+            raise
         except Exception as error:
             if debug:
                 Console(stderr=True).print_exception(show_locals=False)
             document, code = describe_error(error)
             _print_error(document, as_json)
-        if standalone_mode:
-            sys.exit(code)
-        return code
+            return code
 
 
 def describe_error(error: BaseException) -> tuple[dict[str, Any], int]:
@@ -145,7 +145,6 @@ def _report(outcome: Any, as_json: bool) -> int:
             sys.stdout.write(to_json(outcome.payload) + "\n")
         else:
             outcome.render(output_console())
-        sys.stdout.flush()
     return 0
 
 

@@ -83,7 +83,7 @@ class QuickFix(Updater):
             preserve_weights=torch.full_like(data.preserve[:, 0], self.preserve_weight),
         )
         change = LowRank(solution.up, solution.down).compress(FLOAT32_TOL)
-        norm = float(torch.linalg.matrix_norm(backend.weight(site).detach().double()))
+        norm = float(torch.linalg.vector_norm(backend.weight(site).detach(), dtype=torch.float64))
         return change.to(torch.float32), Diagnostics(
             condition=solution.condition,
             effective_rank=solution.effective_rank,

@@ -172,8 +172,8 @@ def _at_site(
     inputs, outputs, streams = (x[site].double() for x in (seen.inputs, seen.outputs, seen.streams))
     weight, bias = backend.weight(site).detach().double(), backend.bias(site)
     for what, value in (("the weight", weight), ("the layer's input", inputs), ("the layer's output", outputs)):
-        bad = int((~torch.isfinite(value)).sum())
-        if bad:
+        if not bool(torch.isfinite(value.sum())):
+            bad = int((~torch.isfinite(value)).sum())
             raise NonFiniteError(
                 f"{what} of {site.name} is not finite",
                 value=f"{bad} numbers",

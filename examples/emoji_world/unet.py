@@ -96,7 +96,7 @@ class TextCache:
         new = [text for text in dict.fromkeys(texts) if text not in self.rows]
         if new:
             if len(self.rows) + len(new) > len(self.table):
-                self.table = torch.cat([self.table, torch.zeros_like(self.table[:1]).expand(8192, -1, -1)])
+                self.table = torch.cat([self.table, self.table.new_zeros(8192, *self.table.shape[1:])])
             states = self.encoder(tokens(self.tokenizer, new)).last_hidden_state
             for text, state in zip(new, states, strict=True):
                 self.table[len(self.rows)] = state

@@ -36,10 +36,12 @@ def make_vae() -> AutoencoderKL:
 
 
 def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Absolute error, its horizontal and vertical differences (edges), and a coarse copy (colour)."""
+    """Absolute error, squared error, colour (error without its grey part), edges, and a coarse copy."""
     error = output - target
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + 0.5 * edges + 0.5 * torch.nn.functional.avg_pool2d(error, 4).abs().mean()
+    colour = (error - error.mean(1, keepdim=True)).abs().mean()
+    coarse = torch.nn.functional.avg_pool2d(error, 4).abs().mean()
+    return error.abs().mean() + error.square().mean() + 2 * colour + 0.5 * edges + 0.5 * coarse
 
 
 def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 16) -> AutoencoderKL:
@@ -72,7 +74,7 @@ def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 16) -> Aut
         loss_of,
         steps=100_000,
         minutes=minutes,
-        rate=2e-3,
+        rate=2.5e-3,
         warmup=60,
         average=0.99,
         report=report,

@@ -18,6 +18,11 @@ def encoder_weight(folder: Path) -> torch.Tensor:
     return root.encoder.layers[0].self_attn.out_proj.weight.detach()
 
 
+def picture_size(file: Path) -> tuple[int, int]:
+    with Image.open(file) as image:
+        return image.size
+
+
 def test_ablate_saves_an_edit_and_describes_it(cli, model):
     outcome = cli("ablate", model, "dog", "--target", "cat", "-o", "out", "--json")
     assert outcome.code == 0, outcome.err
@@ -108,7 +113,7 @@ def test_generate_writes_one_picture_per_prompt_and_seed(cli, model):
     assert asked == [("a dog", 3), ("a dog", 4), ("a cat", 3), ("a cat", 4)]
     assert after.document["edits"] == [Edit.load("edit").id]
     files = [Path(item["file"]) for item in before.document["pictures"]]
-    assert all(Image.open(file).size == (16, 16) for file in files)
+    assert [picture_size(file) for file in files] == [(16, 16)] * 4
     assert any(file.read_bytes() != (Path("after") / file.name).read_bytes() for file in files)
 
 
@@ -116,7 +121,7 @@ def test_preview_draws_into_the_folder_and_leaves_the_edit_loadable(cli, model):
     outcome = cli("ablate", model, "dog", "--target", "cat", "--preserve", "pig", "-o", "out", "--preview", "--json")
     assert outcome.code == 0, outcome.err
     picture = Path(outcome.document["preview"])
-    assert picture == Path("out/before_after.png") and Image.open(picture).width > 1000
+    assert picture == Path("out/before_after.png") and picture_size(picture)[0] > 1000
     assert Edit.load("out").requests[0].subject == "dog"
 
 

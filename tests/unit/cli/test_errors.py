@@ -23,7 +23,7 @@ USAGE = [
     (("show", "folder", "--nonsense"), "nonsense"),
     (("ablate", "m", "dog", "--kind", "thing"), "thing"),
     (("ablate", "m", "dog", "--dtype", "float8"), "float8"),
-    (("generate", "m", "a dog", "--steps", "0"), "0"),
+    (("generate", "m", "a dog", "--steps", "0"), "--steps"),
     (("apply", "m", "-o", "x"), "edit"),
 ]
 BAD_INPUT = [
