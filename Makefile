@@ -57,7 +57,7 @@ format: $(VENV)/.stamp-dev ## rewrite the code in the house format
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
 bench: $(VENV)/.stamp-dev ## run every benchmark

@@ -35,7 +35,8 @@ class DiffEditError(Exception):
     def __str__(self) -> str:
         parts = [self.case if self.value is None else f"{self.case}: {self.value}"]
         parts += [part[0].upper() + part[1:] for part in (self.cause, self.hint) if part]
-        return f"[{self.code}] " + ". ".join(part.rstrip(".") for part in parts) + "."
+        text = ". ".join(part.rstrip(".") for part in parts)
+        return f"[{self.code}] {text}" + ("" if text.endswith("?") else ".")
 
 
 class RequestError(DiffEditError):

@@ -106,6 +106,7 @@ def check_updater(updater: Updater, backend: Backend, requests: Sequence[Request
     with unchanged(backend.model.pipeline, f"the updater {updater.name}"):
         delta = updater.solve(backend, requests, location)
         again = updater.solve(backend, requests, location)
+    _require(len(delta.sites) > 0, "the updater edits no site", location.sites)
     _require(set(delta.sites) <= set(location.sites), "the updater edits sites that it was not given", delta.sites)
     for site, change in delta:
         change.check_finite(site.name)

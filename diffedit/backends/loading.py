@@ -158,7 +158,9 @@ def _load(loader: Any, where: Path, source: str, dtype: torch.dtype, **options: 
     from transformers.utils import logging as transformers_logging
 
     bars = (diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled())
+    level = diffusers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         return loader(str(where), dtype=dtype, **options)
@@ -172,6 +174,7 @@ def _load(loader: Any, where: Path, source: str, dtype: torch.dtype, **options: 
             hint="check that all its files are there",
         ) from error
     finally:
+        diffusers_logging.set_verbosity(level)
         if bars[0]:
             diffusers_logging.enable_progress_bar()
         if bars[1]:

@@ -23,6 +23,7 @@ def apply(
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the edited pipeline.", show_default=False)
     ],
+    overwrite: options.Overwrite = False,
     backend: options.BackendName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -33,12 +34,12 @@ def apply(
 
     Example: diffedit apply builtin:emoji --edit no-dog --edit crystal -o edited-model
     """
-    refuse_existing(out, overwrite=False)
+    refuse_existing(out, overwrite)
     editor = open_editor(model, loading_fields(backend, device, dtype))
     with working(f"Loading {len(edit)} edits"):
         loaded = [editor.load(folder) for folder in edit]
     with working(f"Saving {out}"):
-        editor.save_pipeline(out)
+        editor.save_pipeline(out, overwrite=overwrite)
     edits = [edit_payload(item) for item in loaded]
 
     def render(console: Console) -> None:

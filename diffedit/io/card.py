@@ -163,8 +163,8 @@ def _usage(manifest: Manifest, files: Mapping[str, int]) -> list[str]:
         )
         parts.append(
             f"In ComfyUI put `{KOHYA_FILE}` into `models/loras` and load it with both strengths at 1. In AUTOMATIC1111 "
-            f"put it into `models/Lora` as `{folder}.safetensors` and add `<lora:{folder}:1>` to the prompt. The layout "
-            "follows their sources; these two programs were not run."
+            f"put it into `models/Lora` as `{folder}.safetensors` and add `<lora:{folder}:1>` to the prompt. The "
+            "layout follows their sources; these two programs were not run."
         )
     if PEFT_FILE in files:
         parts.append(

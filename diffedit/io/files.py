@@ -44,7 +44,7 @@ EDIT_FILE = "edit.safetensors"
 
 _KEY = "diffedit"
 _UNSAFE_SUFFIXES = {".bin", ".ckpt", ".h5", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-_VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -18,8 +18,8 @@ from diffedit.errors import MalformedArtifactError
 MAX_DEPTH = 32
 MAX_INTEGER_DIGITS = 19
 
-# Inside or outside a string, one character that matters: an escape, a quote or a bracket. Linear, whatever the text.
-_STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+# A string (or what an unclosed one swallows), or a bracket. Possessive, so it is linear in the text, whatever that is.
+_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 def loads(text: str, where: str) -> Any:
@@ -70,18 +70,14 @@ def loads(text: str, where: str) -> Any:
 
 def _check_depth(text: str, where: str) -> None:
     """Refuse deep nesting before a recursive parser sees it."""
-    depth, quoted = 0, False
+    depth = 0
     for match in _STRUCTURE.finditer(text):
         mark = match[0]
-        if mark == '"':
-            quoted = not quoted
-        elif quoted or mark[0] == "\\":
-            continue
-        elif mark in "[{":
+        if mark in ("[", "{"):
             depth += 1
             if depth > MAX_DEPTH:
                 raise MalformedArtifactError(
-                    f"the JSON of {where} is nested too deeply", value=f"more than {MAX_DEPTH} levels"
+                    f"the JSON of {where} is nested too deeply", value=f"over {MAX_DEPTH} levels"
                 )
-        else:
+        elif mark in ("]", "}"):
             depth -= 1

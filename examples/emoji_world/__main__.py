@@ -16,13 +16,7 @@ from .world import OBJECTS, STYLES, compose
 STAGES: dict[str, float] = {"vae": 38, "clip": 19, "scorer": 15, "classifier": 6, "unet": 65}  # minutes on two cores
 
 
-def snapshot(work: Path, step: int) -> None:
-    """Export the denoiser as it is now, so that others can work with it while it trains."""
-    export.export_pipeline(work, work / "export_latest", unet.averaged_unet(work, 128))
-    common.log.info("exported step %d", step)
-
-
-def train(work: Path, stages: list[str], minutes: float | None) -> None:
+def train(work: Path, stages: list[str], minutes: float | None, workers: int) -> None:
     """Train the stages in order; each resumes from its checkpoint."""
     for stage in stages:
         limit = minutes or STAGES[stage]
@@ -36,7 +30,7 @@ def train(work: Path, stages: list[str], minutes: float | None) -> None:
         elif stage == "classifier":
             classifier.train_classifier(work, limit, vae=copier)
         else:
-            unet.train_unet(work, limit, on_report=lambda step: snapshot(work, step))
+            common.run_workers(workers, work, export.train_unet, work, limit)
 
 
 def samples(work: Path) -> None:
@@ -58,7 +52,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="train: instead of each part's usual time")
     parser.add_argument("--seeds", type=int, default=3, help="evaluate: pictures for each object in each style")
     parser.add_argument("--out", type=Path, help="export: folder that receives emoji/ and emoji-scorer/")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="cores to use (the denoiser: one worker process each)")
     args = parser.parse_args()
     common.set_up(args.threads, seed=0)
     if args.command == "build":
@@ -67,7 +61,7 @@ def main() -> None:
         pictures.build(args.packages, args.work)
         tokenizer.build_tokenizer(args.bpe, args.work / "tokenizer")
     elif args.command == "train":
-        train(args.work, args.stages, args.minutes)
+        train(args.work, args.stages, args.minutes, args.threads)
     elif args.command == "evaluate":
         pipe = unet.assemble(args.work, unet.averaged_unet(args.work, 128))
         scorer = CLIPModel.from_pretrained(args.work / "scorer", dtype=torch.float32).eval()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -102,6 +103,44 @@ def save_grid(pictures: torch.Tensor, path: Path, columns: int) -> None:
     replace_file(path, lambda part: Image.fromarray(sheet).save(part, format="PNG"))
 
 
+def average_gradients(parameters: list[torch.nn.Parameter], elapsed: float) -> float:
+    """With several worker processes: average the gradients (and the clock, so that all stop at the same step)."""
+    if not dist.is_initialized():
+        return elapsed
+    flat = torch.cat([p.grad.reshape(-1) for p in parameters] + [torch.tensor([elapsed])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, part in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+    return flat[-1].item()
+
+
+def rank() -> int:
+    """This worker's number; 0 without workers."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def workers() -> int:
+    """How many worker processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def run_workers(count: int, work: Path, target: Callable[..., None], *args: object) -> None:
+    """Run `target` in `count` processes with one thread each: on two cores faster than one process with two threads."""
+    meeting = work / "workers"
+    meeting.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_worker, (count, str(meeting.resolve()), target, args), nprocs=count)
+
+
+def _worker(number: int, count: int, meeting: str, target: Callable[..., None], args: tuple[object, ...]) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=number, world_size=count)
+    set_up(1, number)
+    target(*args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def train(
     name: str,
     work: Path,
@@ -138,6 +177,8 @@ def train(
     begun = last_save = time.monotonic()
 
     def save(step: int) -> None:
+        if rank():
+            return
         state = {
             "model": model.state_dict(),
             "optimiser": optimiser.state_dict(),
@@ -151,10 +192,9 @@ def train(
         plot_losses(losses, work / f"{name}-loss.png")
 
     model.train()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
-    step = start
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10, disable=rank() > 0)
+    step, spent = start, elapsed
     for step in bar:
-        spent = elapsed + time.monotonic() - begun
         if spent > minutes * 60:
             break
         factor = warmup_cosine(step, steps, warmup)
@@ -165,6 +205,7 @@ def train(
         loss = loss_of(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        spent = average_gradients(trained, elapsed + time.monotonic() - begun)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         if averaged:
@@ -175,7 +216,7 @@ def train(
         if time.monotonic() - last_save > save_seconds:
             save(step + 1)
             last_save = time.monotonic()
-        if report and (step + 1) % report_every == 0:
+        if report and (step + 1) % report_every == 0 and not rank():
             report(step + 1)
             model.train()
     save(step + 1)

@@ -17,14 +17,17 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
+from . import unet
 from .card import model_card, scorer_card
 from .clip import MEAN, STD
-from .unet import assemble
+from .common import log
 from .world import PIXELS, vocabulary
 
 
-def swap(new: Path, final: Path) -> None:
-    """Put a finished folder in the place of an older one."""
+def publish(new: Path, final: Path) -> None:
+    """Put a finished folder in the place of an older one, readable by everyone."""
+    for file in new.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -69,12 +72,12 @@ def save_text_encoder(encoder: CLIPTextModel, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def export_pipeline(work: Path, out: Path, unet: UNet2DConditionModel, gate: dict[str, Any] | None = None) -> None:
+def export_pipeline(work: Path, out: Path, denoiser: UNet2DConditionModel, gate: dict[str, Any] | None = None) -> None:
     """The generator as a `StableDiffusionPipeline` folder with its vocabulary and model card."""
     new = fresh(out)
-    pipe = assemble(work, unet)
+    pipe = unet.assemble(work, denoiser)
     pipe.vae.to(torch.float16).save_pretrained(new / "vae")
-    unet.to(torch.float16).save_pretrained(new / "unet")
+    denoiser.to(torch.float16).save_pretrained(new / "unet")
     pipe.scheduler.save_pretrained(new / "scheduler")
     save_text_encoder(pipe.text_encoder, new / "text_encoder")
     copy_tokenizer(work, new / "tokenizer")
@@ -89,7 +92,7 @@ def export_pipeline(work: Path, out: Path, unet: UNet2DConditionModel, gate: dic
     (new / "README.md").write_text(model_card(gate), "utf-8")
     if (work / "samples.png").exists():
         shutil.copy(work / "samples.png", new / "samples.png")
-    swap(new, out)
+    publish(new, out)
 
 
 def export_scorer(work: Path, out: Path, gate: dict[str, Any] | None = None) -> None:
@@ -119,4 +122,15 @@ def export_scorer(work: Path, out: Path, gate: dict[str, Any] | None = None) -> 
         },
     )
     (new / "README.md").write_text(scorer_card(gate), "utf-8")
-    swap(new, out)
+    publish(new, out)
+
+
+def snapshot(work: Path, step: int) -> None:
+    """Export the denoiser as it is now, so that others can work with it while it trains."""
+    export_pipeline(work, work / "export_latest", unet.averaged_unet(work, 128))
+    log.info("exported step %d", step)
+
+
+def train_unet(work: Path, minutes: float) -> None:
+    """One worker of the denoiser's training, with exports on the way."""
+    unet.train_unet(work, minutes, on_report=lambda step: snapshot(work, step))

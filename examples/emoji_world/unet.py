@@ -19,13 +19,13 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from .clip import named, text_encoder_of, tokens
-from .common import load_checkpoint, log, save_grid, train
+from .common import load_checkpoint, log, rank, save_grid, train, workers
 from .pictures import JITTER, Pictures
 from .tokenizer import load_tokenizer
 from .vae import encode
 from .world import BACKGROUNDS, GUIDANCE, MAX_TOKENS, OBJECTS, STEPS, STYLES, compose, random_caption
 
-CHANNELS = (96, 192)
+CHANNELS = (64, 192)
 SNR_CAP = 5.0
 
 
@@ -58,12 +58,12 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def cached_latents(work: Path, vae: AutoencoderKL, copies: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled latents of every combination, `copies` jitters each, and their labels; kept in `latents.safetensors`."""
-    path = work / "latents.safetensors"
+    """Scaled latents of every combination, `copies` jitters each, and their labels; each worker keeps its own file."""
+    path = work / f"latents-{rank()}.safetensors"
     if path.exists():
         saved = load_file(path)
         return saved["latents"], saved["labels"]
-    source, rng = Pictures.load(work), Random(seed)
+    source, rng = Pictures.load(work), Random(seed + rank())
     labels = [
         (o, s, b)
         for o in range(len(OBJECTS))
@@ -165,23 +165,27 @@ def train_unet(
     minutes: float,
     seed: int = 4,
     batch: int = 64,
-    copies: int = 6,
+    copies: int = 3,
     rate: float = 1e-3,
     on_report: Callable[[int], None] | None = None,
 ) -> UNet2DConditionModel:
-    """Train for a number of minutes (resumable) and write `<work>/unet`."""
+    """Train for a number of minutes (resumable) and write `<work>/unet`. Several workers share the batch."""
     tokenizer, encoder, vae = load_parts(work)
     latents, labels = cached_latents(work, vae, copies, seed)
     facts = named([tuple(row) for row in labels.tolist()])
-    cache, rng = TextCache(encoder, tokenizer), Random(seed)
+    cache = TextCache(encoder, tokenizer)
     torch.manual_seed(seed)
     unet = make_unet(encoder.config.hidden_size)
+    batch //= workers()
     log.info("unet: %.2fM parameters, %d latents", sum(p.numel() for p in unet.parameters()) / 1e6, len(latents))
     alphas = make_scheduler().alphas_cumprod
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=SNR_CAP) / snr
-    if saved := load_checkpoint(work / "unet.pt"):  # draw new pictures and noise after a restart
-        rng, _ = Random(seed + saved["step"]), torch.manual_seed(seed + saved["step"])
+    saved = load_checkpoint(work / "unet.pt")
+    begin = (
+        seed + rank() + 1000 * (saved["step"] if saved else 0)
+    )  # fresh pictures and noise after a restart
+    rng, _ = Random(begin), torch.manual_seed(begin)
 
     def loss_of(step: int) -> torch.Tensor:
         rows = [rng.randrange(len(facts)) for _ in range(batch)]
@@ -197,9 +201,9 @@ def train_unet(
     def report(step: int) -> None:
         pipe = assemble(work, averaged_unet(work, encoder.config.hidden_size))
         styles = list(STYLES)
-        prompts = [compose(name, 1, styles[i % len(styles)], None).text for i, name in enumerate(OBJECTS)]
+        prompts = [compose(name, 1, styles[i // 2 % len(styles)], None).text for i, name in enumerate(OBJECTS)][::2]
         save_grid(
-            sample(pipe, prompts, [step + i for i in range(len(prompts))]), work / f"unet-grid-{step:06d}.png", 11
+            sample(pipe, prompts, [step + i for i in range(len(prompts))], 15), work / f"unet-grid-{step:06d}.png", 11
         )
         shutil.copy(work / f"unet-grid-{step:06d}.png", work / "unet-grid.png")
         if on_report:
@@ -218,5 +222,6 @@ def train_unet(
         report=report,
         report_every=500,
     )
-    unet.save_pretrained(work / "unet")
+    if not rank():
+        unet.save_pretrained(work / "unet")
     return unet

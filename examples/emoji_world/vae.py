@@ -12,7 +12,7 @@ from random import Random
 import torch
 from diffusers import AutoencoderKL
 
-from .common import save_grid, train
+from .common import load_checkpoint, rank, save_grid, train
 from .pictures import Pictures
 from .world import BACKGROUNDS, OBJECTS, PIXELS, STYLES
 
@@ -41,13 +41,30 @@ def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     colour = (error - error.mean(1, keepdim=True)).abs().mean()
     coarse = torch.nn.functional.avg_pool2d(error, 4).abs().mean()
-    return error.abs().mean() + error.square().mean() + 2 * colour + 0.5 * edges + 0.5 * coarse
+    return error.abs().mean() + error.square().mean() + 3 * colour + 0.5 * edges + 0.5 * coarse
 
 
-def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 16) -> AutoencoderKL:
+def whiteness(latents: torch.Tensor) -> torch.Tensor:
+    """How far the latent channels are from zero mean, unit variance and no correlation.
+
+    Without this the encoder settles on four of its eight dimensions and never finds the colours.
+    """
+    flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    centre = flat.mean(0)
+    covariance = (flat - centre).T @ (flat - centre) / len(flat)
+    return (covariance - torch.eye(len(centre))).square().mean() + centre.square().mean()
+
+
+def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 8) -> AutoencoderKL:
     """Train for a number of minutes (resumable) and write the scaled model to `<work>/vae`."""
-    source, rng = Pictures.load(work), Random(seed)
+    source = Pictures.load(work)
+    torch.manual_seed(seed)
     vae = make_vae().to(memory_format=torch.channels_last)
+    saved = load_checkpoint(work / "vae.pt")
+    begin = (
+        seed + rank() + 1000 * (saved["step"] if saved else 0)
+    )  # fresh pictures and noise after a restart
+    rng, _ = Random(begin), torch.manual_seed(begin)
     held_out = torch.stack(
         [
             source.draw(o, s, (o + s) % len(BACKGROUNDS), 1, -2)
@@ -60,7 +77,7 @@ def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 16) -> Aut
         target = source.batch(rng, batch)[0].contiguous(memory_format=torch.channels_last)
         mean = vae.encode(target).latent_dist.mean
         output = vae.decode(mean + NOISE * torch.randn_like(mean)).sample
-        return picture_loss(output, target) + 1e-4 * mean.square().mean()
+        return picture_loss(output, target) + 0.05 * whiteness(mean)
 
     @torch.no_grad()
     def report(step: int) -> None:
@@ -74,12 +91,14 @@ def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 16) -> Aut
         loss_of,
         steps=100_000,
         minutes=minutes,
-        rate=2.5e-3,
+        rate=2e-3,
         warmup=60,
         average=0.99,
         report=report,
         report_every=200,
     )
+    if rank():
+        return vae
     report(0)
     latents = encode(vae, source.batch(Random(seed + 1), 512)[0])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 6))

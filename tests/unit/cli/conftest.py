@@ -11,16 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffedit.cli import app
-from tests.tiny import build
-
-VOCABULARY = {
-    "objects": ["dog", "cat", "pig", "house", "tree", "boat"],
-    "styles": ["flat"],
-    "categories": ["animal", "building"],
-    "steps": 2,
-    "guidance": 3.0,
-    "pixels": 16,
-}
+from tests.saved_model import save_tiny_model
 
 
 @dataclass(frozen=True)
@@ -43,10 +34,7 @@ class Outcome:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-model")
-    build.pipeline(build.write_tokenizer(tmp_path_factory.mktemp("cli-tokenizer"))).save_pretrained(folder)
-    (folder / "vocabulary.json").write_text(json.dumps(VOCABULARY), encoding="utf-8")
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"), tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

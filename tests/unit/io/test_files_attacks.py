@@ -161,9 +161,9 @@ def run(cases: int, seed: int, make_edit: Any, split: Any, frame: Any, forge: Ca
             data = mutate_header(rng.choice([one, two]).data, rng, split, frame)
         else:
             data = forge(one.data, mutate_json(content, rng))
-        start = time.perf_counter()
+        start = time.process_time()
         result = outcome(data)
-        assert time.perf_counter() - start < 5.0
+        assert time.process_time() - start < 5.0
         if result == "same" and kind < 2:
             assert data in (one.data, two.data)  # without a forger's new hashes nothing changed may load
         seen[result] = seen.get(result, 0) + 1

@@ -298,7 +298,7 @@ def test_every_call_that_fails_leaves_the_old_state(kind: str, fail: Callable[[]
                 failures += 1
                 assert isinstance(error, KeyboardInterrupt if fail is interrupt else StorageError)
                 if fail is no_space:
-                    assert "No space left" in str(error) and "free some space" in str(error)
+                    assert error.cause == os.strerror(errno.ENOSPC) and error.hint == "free some space"
                 failed = True
             else:
                 failed = False

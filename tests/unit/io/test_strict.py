@@ -71,10 +71,10 @@ def test_depth_limit_is_exact_and_ignores_brackets_in_text() -> None:
 
 @pytest.mark.parametrize("bomb", ["[" * 1_000_000, '{"a":' * 200_000, '"' + '\\"' * 500_000, "[" + '"' * 999_999])
 def test_bombs_end_quickly(bomb: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(MalformedArtifactError):
         loads(bomb, "x")
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_message_names_the_file_and_the_repeated_key() -> None:

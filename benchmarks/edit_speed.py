@@ -1,0 +1,109 @@
+"""How long does one edit take at the true size of Stable Diffusion's text encoders, beside the textbook way?
+
+Random weights: time does not depend on what the numbers mean. "ours" is the whole `Editor.ablate` call with a given
+target: spans, early-exit capture, float64 solve, the trial, all hashes, the write. "textbook" is what the published
+recipe does for the same four templates: full forward passes of all layers over all 77 positions, then a dense float32
+inverse. Both run in one process, alternating, on the same weights; the figure to quote is their ratio.
+
+    python -m benchmarks.edit_speed --out docs/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from diffedit import Editor
+from diffedit.io.folder import write_file
+from tests.tiny import build
+
+TEMPLATES = ("{}", "photo of {}", "image of {}", "picture of {}")
+
+
+def textbook(pipeline: Any, site_module: torch.nn.Linear) -> None:
+    """The published recipe, at its own cost: full forwards, dense float32 normal equations, explicit inverse."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = site_module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    length = pipeline.tokenizer.model_max_length
+    try:
+        with torch.no_grad():
+            for template in TEMPLATES:
+                pair = [template.format("dog"), template.format("cat")]
+                batch = pipeline.tokenizer(
+                    pair, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                )
+                pipeline.text_encoder(batch["input_ids"])
+    finally:
+        handle.remove()
+    weight = site_module.weight.detach()
+    left, right = 0.01 * weight, 0.01 * torch.eye(weight.shape[1])
+    for keys, outputs in seen:
+        k, v = keys[0, -1:].T, outputs[1, -1:].T
+        left, right = left + v @ k.T, right + k @ k.T
+    (left @ torch.inverse(right)).norm()
+
+
+def once(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def alternate(pipeline: Any, runs: int) -> tuple[list[float], list[float]]:
+    """Seconds of `runs` edits and of `runs` textbook edits, taken in turn."""
+    editor = Editor(pipeline)
+    module = editor.backend._module(editor.backend.sites()[0])
+    ours, theirs = [], []
+    for _ in range(runs):
+        ours.append(once(lambda: editor.ablate("dog", target="cat", templates=TEMPLATES)))
+        editor.revert()
+        theirs.append(once(lambda: textbook(pipeline, module)))
+    return ours, theirs
+
+
+def main() -> None:
+    """Measure both families and write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results: dict[str, Any] = {
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": args.threads,
+            "torch": torch.__version__,
+        },
+        "runs": args.runs,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = build.write_tokenizer(Path(folder))
+        for family in ("sd1", "sd2"):
+            ours, theirs = alternate(build.pipeline(tokenizer, family=family, true_size=True), args.runs + 2)
+            ours, theirs = ours[2:], theirs[2:]
+            results[family] = {
+                "ours_ms": 1000 * statistics.median(ours),
+                "ours_ms_range": [1000 * min(ours), 1000 * max(ours)],
+                "textbook_ms": 1000 * statistics.median(theirs),
+                "ratio": statistics.median(theirs) / statistics.median(ours),
+            }
+    write_file(args.out / "edit-speed.json", (json.dumps(results, indent=2) + "\n").encode(), overwrite=True)
+    sys.stdout.write(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
