@@ -49,9 +49,10 @@ class LowRank:
         return (self.up.double() @ self.down.double()).to(dtype)
 
     def norm(self) -> float:
-        """Frobenius norm, from the two r x r Gram matrices (no dense matrix)."""
-        up, down = self.up.double(), self.down.double()
-        return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
+        """Frobenius norm, from thin QR factors: no dense matrix, and no digits lost where factors nearly cancel."""
+        r_up = torch.linalg.qr(self.up.double()).R
+        r_down = torch.linalg.qr(self.down.double().T).R
+        return float(torch.linalg.vector_norm(r_up @ r_down.T))
 
     def scale(self, factor: float) -> LowRank:
         """`factor` times the matrix."""

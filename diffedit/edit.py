@@ -7,11 +7,12 @@ An `Edit` is complete without a model: it can be loaded, looked at and published
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffedit.delta import Delta
-from diffedit.errors import NotAppliedError
+from diffedit.errors import NotAppliedError, StorageError
 from diffedit.io.card import model_card
 from diffedit.io.files import delta_to_tensors, encode_edit, read_edit, tensors_to_delta
 from diffedit.io.folder import write_folder
@@ -85,7 +86,7 @@ class Edit:
             OutputExistsError: something is there and `overwrite` is false, or it is not an edit folder.
             StorageError: the file system refused; nothing is left behind.
         """
-        folder = Path(self.manifest.slug() if path is None else path).expanduser()
+        folder = Path(os.path.expanduser(self.manifest.slug() if path is None else path))
         saved = write_folder(folder, self.files(), overwrite=overwrite)
         logger.info("saved %s to %s", self, saved)
         return saved
@@ -107,7 +108,9 @@ class Edit:
         Raises:
             MalformedArtifactError, IntegrityError, UnsupportedVersionError, UnsafeFormatError, StorageError.
         """
-        manifest, tensors = read_edit(Path(path).expanduser())
+        if not isinstance(path, str | os.PathLike):
+            raise StorageError("an edit is loaded from a path", value=type(path).__name__, hint="name its folder")
+        manifest, tensors = read_edit(Path(os.path.expanduser(path)))
         return cls(manifest, tensors_to_delta(manifest, tensors))
 
     def summary(self) -> str:

@@ -121,7 +121,7 @@ class Editor:
         Returns:
             The edit, already in the model.
         """
-        subjects = [subject] if isinstance(subject, str) else list(subject)
+        subjects: list[Any] = list(subject) if isinstance(subject, list | tuple) else [subject]
         if not subjects:
             raise RequestError("there is no subject", value="[]", hint="name at least one")
         if aliases and len(subjects) > 1:
@@ -211,8 +211,11 @@ class Editor:
             guidance: classifier-free guidance scale; default: the model's own.
             batch_size: pictures sampled together; costs memory, saves time.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        numbers = [seeds] if isinstance(seeds, int) else seeds
+        if not isinstance(texts, Sequence) or not isinstance(numbers, Sequence):
+            given = f"{type(prompts).__name__} and {type(seeds).__name__}"
+            raise RequestError("prompts and seeds are each one or a list", value=given)
         pairs = [(text, number) for text in texts for number in numbers]
         return self.generate_pairs(pairs, steps=steps, guidance=guidance, batch_size=batch_size)
 
@@ -226,12 +229,15 @@ class Editor:
     ) -> list[Image]:
         """One picture per (prompt, seed) pair; arguments as for `generate`."""
         sampling = self.backend.model.sampling
-        return self.backend.generate(
-            pairs,
-            steps=sampling.steps if steps is None else steps,
-            guidance=sampling.guidance if guidance is None else guidance,
-            batch_size=batch_size,
-        )
+        steps = sampling.steps if steps is None else steps
+        guidance = sampling.guidance if guidance is None else guidance
+        for text, number in pairs:
+            if not isinstance(text, str) or not isinstance(number, int):
+                raise RequestError("a picture needs a prompt and a whole number as its seed", value=(text, number))
+        for name, value in (("steps", steps), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name} must be a whole number of at least 1", value=value)
+        return self.backend.generate(pairs, steps=steps, guidance=guidance, batch_size=batch_size)
 
     def save_pipeline(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the whole model with its active edits merged in, as a folder that stock diffusers loads.
@@ -264,7 +270,7 @@ class Editor:
             target=target,
             kind=kind or "object",
             aliases=aliases,
-            templates=tuple(templates),
+            templates=templates,
             preserve=preserve,
             seed=seed,
         )
@@ -283,10 +289,11 @@ class Editor:
 
     def _targets(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
         filled, reasons = [], []
+        subjects = [name for request in requests for name in request.names]
         for request in requests:
             reason = "given"
             if request.target is None:
-                target, reason = self._chooser.choose(request)
+                target, reason = self._chooser.choose(request, avoid=subjects)
                 request = make_request(**{**request.model_dump(), "target": target})
                 logger.info("target for %r: %r, %s", request.subject, target, reason)
             filled.append(request)

@@ -91,7 +91,8 @@ class Ledger:
         out = {}
         for site, change in delta:
             base = self.base(site)
-            weight, achieved = _sum(site, base, [change])
+            weight = _sum(site, base, [change])
+            achieved = _achieved(site, base, weight, change)
             norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
             out[site] = Trial(weight, tensor_hash(weight), achieved, change.norm() / norm if norm else float("inf"))
         return out
@@ -115,8 +116,11 @@ class Ledger:
                 raise AlreadyAppliedError(
                     "the edit is in the model already", value=edit_id[:12], hint="revert it first"
                 )
-            alone = trial if not self._active else None
-            self._rewrite({**self._active, edit_id: delta}, delta.sites, alone)
+            if not delta.factors:
+                raise NoOpError("the edit does not change any weight", hint="choose another target or locator")
+            if trial is None:
+                trial = self.trial(delta)  # beside a large edit, a small one could vanish unseen
+            self._rewrite({**self._active, edit_id: delta}, delta.sites, None if self._active else trial)
 
     def revert(self, edit_id: str) -> None:
         """Take an edit out of the model; the others stay.
@@ -169,30 +173,32 @@ class Ledger:
     ) -> None:
         """Make `active` the edits in the model: compute every touched weight, then write all or none."""
         live = {site: self._backend.weight(site) for site in sites}
+        base: dict[EditSite, Tensor] = {}
         new: dict[EditSite, Tensor] = {}
         hashes: dict[EditSite, str] = {}
         for site in sites:
             self.check(site)
-            if site not in self._base:
-                self._base[site] = live[site].detach().to("cpu", copy=True)
+            base[site] = self._base[site] if site in self._base else live[site].detach().to("cpu", copy=True)
             changes = [active[key].factors[site] for key in sorted(active) if site in active[key].factors]
             if trial is not None:
                 new[site], hashes[site] = trial[site].weight, trial[site].sha256
             else:
-                new[site] = _sum(site, self._base[site], changes)[0] if changes else self._base[site]
+                new[site] = _sum(site, base[site], changes) if changes else base[site]
                 hashes[site] = tensor_hash(new[site])
         before = {site: weight.detach().clone() for site, weight in live.items()}
+        books = (self._base, self._written, self._active)
         try:
             with torch.no_grad():
                 for site, weight in live.items():
                     weight.copy_(new[site])
+            # Books last, and only with the weights: a base kept from a refused edit would later undo others' work.
+            self._base, self._written, self._active = {**self._base, **base}, {**self._written, **hashes}, active
         except BaseException:
             with torch.no_grad():
                 for site, weight in live.items():
                     weight.copy_(before[site])
+            self._base, self._written, self._active = books
             raise
-        self._written.update(hashes)
-        self._active = active
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -216,8 +222,8 @@ def cast_hashes(weight: Tensor) -> dict[str, str]:
     return {str(dtype).removeprefix("torch."): tensor_hash(weight.detach().to(dtype)) for dtype in dtypes}
 
 
-def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, float]:
-    """cast(base + changes) and the share of the change that the cast kept."""
+def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> Tensor:
+    """cast(base + changes)."""
     for change in changes:
         change.check_finite(site.name)
     exact = base.double()
@@ -233,6 +239,13 @@ def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, 
         raise NonFiniteError(
             f"the edited weight of {site.name} overflows {base.dtype}", hint="load the model in float32"
         )
+    return weight
+
+
+def _achieved(site: EditSite, base: Tensor, weight: Tensor, change: LowRank) -> float:
+    """The share of one edit's change that the cast kept; refuses what does next to nothing."""
+    exact = base.double()
+    up, down = (factor.double().to(exact.device) for factor in (change.up, change.down))
     basis = torch.linalg.qr(down.T).Q
     asked, got = up @ (down @ basis), (weight.double() - exact) @ basis
     total = float((asked * asked).sum())
@@ -247,7 +260,7 @@ def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, 
             cause="the change is smaller than the dtype's rounding step",
             hint="load the model in float32 and edit that",
         )
-    return weight, achieved
+    return achieved
 
 
 def _finite(values: Tensor) -> bool:

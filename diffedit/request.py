@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -69,7 +70,7 @@ class Request(BaseModel):
     @field_validator("aliases", "preserve", mode="before")
     @classmethod
     def _clean_list(cls, value: Any, info: Any) -> Any:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
+        if isinstance(value, str) or not isinstance(value, Sequence):
             hint = f"write [{value!r}]" if isinstance(value, str) else "give a list, or leave it out"
             raise RequestError(f"{info.field_name} must be a list of names", value=repr(value), hint=hint)
         singular = {"aliases": "alias", "preserve": "preserve entry"}[info.field_name]

@@ -8,6 +8,7 @@ into the edit.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache, cached_property
 from importlib.resources import files
 
@@ -48,8 +49,12 @@ class TargetChooser:
     def _candidates(self) -> Tensor:
         return self._encode(self.nouns)
 
-    def choose(self, request: Request) -> tuple[str, str]:
+    def choose(self, request: Request, avoid: Collection[str] = ()) -> tuple[str, str]:
         """A target for a request that has none.
+
+        Args:
+            request: the request.
+            avoid: names that must not be chosen: subjects of the same edit are about to lose their meaning.
 
         Returns:
             The target and the sentence that explains it.
@@ -59,7 +64,7 @@ class TargetChooser:
         """
         if request.kind == "style":
             return STYLE_TARGET, f"a style is dropped: {STYLE_TARGET!r} takes its place"
-        taken = {name.casefold() for name in (*request.names, *request.preserve)}
+        taken = {name.casefold() for name in (*request.names, *request.preserve, *avoid)}
         cosine = self._candidates @ self._encode((request.subject,))[0]
         scored = sorted(
             (-float(c), noun) for noun, c in zip(self.nouns, cosine, strict=True) if noun.casefold() not in taken
@@ -75,4 +80,6 @@ class TargetChooser:
 
     def _encode(self, nouns: tuple[str, ...]) -> Tensor:
         """[n, d] unit vectors of "a dog", "an owl", ..."""
-        return torch.nn.functional.normalize(self._backend.features([with_article(noun) for noun in nouns]), dim=1)
+        return torch.nn.functional.normalize(
+            self._backend.features([with_article(noun) for noun in nouns]).double(), dim=1
+        )

@@ -1,4 +1,4 @@
-"""Shared fixtures: random-weight Stable Diffusion pipelines built from config, in both families and both module layouts."""
+"""Shared fixtures: random-weight Stable Diffusion pipelines built from config, in both families and both layouts."""
 
 from __future__ import annotations
 

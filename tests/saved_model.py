@@ -1,4 +1,4 @@
-"""A tiny random pipeline on disk with a vocabulary: what stands in for a real model where only the machinery matters."""
+"""A tiny random pipeline on disk with a vocabulary: stands in for a real model where only the machinery matters."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ anything opens it. Loading is in float32 unless a dtype is named, because half p
 from __future__ import annotations
 
 import json
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -65,8 +66,8 @@ def load_model(
     if name.startswith("builtin:"):
         folder = _built_in(name.removeprefix("builtin:"))
         return _place(_from_folder(folder, name, dtype or torch.float32), device, None)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):  # unlike Path.is_dir it also answers for names that no file can have
         return _place(_from_folder(path, path.resolve().name, dtype or torch.float32), device, None)
     if path.suffix.lower() in _PICKLES:
         raise UnsafeFormatError(
@@ -74,7 +75,7 @@ def load_model(
             value=repr(path.name),
             hint="get the .safetensors version, or convert it on a machine that you can lose",
         )
-    if path.is_file():
+    if os.path.isfile(path):
         return _place(_from_single_file(path, dtype or torch.float32, config), device, None)
     if _HUB_ID.match(name):
         return _place(_from_hub(name, revision, token, dtype or torch.float32), device, None)
@@ -190,16 +191,24 @@ def _place(loaded: LoadedModel, device: str | torch.device | None, dtype: torch.
 def _read_vocabulary(path: Path) -> tuple[Vocabulary, Sampling]:
     if not path.is_file():
         return Vocabulary(), Sampling()
-    data = json.loads(path.read_text(encoding="utf-8"))
-    templates = data.get("templates", {})
-    vocabulary = Vocabulary(
-        objects=tuple(data.get("objects", ())),
-        styles=tuple(data.get("styles", ())),
-        backgrounds=tuple(data.get("backgrounds", ())),
-        nouns=tuple(data.get("categories", ())),
-        templates=tuple(templates.get("object", ())) if isinstance(templates, dict) else (),
-    )
-    return vocabulary, Sampling(data.get("steps", 50), data.get("guidance", 7.5), data.get("pixels"))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        templates = data.get("templates", {})
+        vocabulary = Vocabulary(
+            objects=tuple(data.get("objects", ())),
+            styles=tuple(data.get("styles", ())),
+            backgrounds=tuple(data.get("backgrounds", ())),
+            nouns=tuple(data.get("categories", ())),
+            templates=tuple(templates.get("object", ())) if isinstance(templates, dict) else (),
+        )
+        return vocabulary, Sampling(data.get("steps", 50), data.get("guidance", 7.5), data.get("pixels"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelNotFoundError(
+            "the model's vocabulary.json cannot be read",
+            value=repr(path.parent.name),
+            cause=_first_line(error),
+            hint="repair it, or delete it",
+        ) from error
 
 
 def _public_name(source: str) -> str:

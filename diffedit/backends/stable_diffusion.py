@@ -132,6 +132,9 @@ class StableDiffusion(Backend):
             raise UnsupportedTensorError(
                 f"{site.name} holds no numbers (meta device)", hint="load the weights, then edit"
             )
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            hint = "load the model outside of torch.inference_mode()"
+            raise UnsupportedTensorError(f"{site.name} was made in inference mode and cannot be written", hint=hint)
         if tuple(weight.shape) != (site.d_out, site.d_in):
             shapes = f"{tuple(weight.shape)}, expected {(site.d_out, site.d_in)}"
             raise UnsupportedTensorError(f"{site.name} has another shape", value=shapes)

@@ -32,7 +32,7 @@ def apply(
 ) -> Result:
     """Load edits onto a model and save the edited pipeline, ready for stock diffusers.
 
-    Example: diffedit apply builtin:emoji --edit no-dog --edit crystal -o edited-model
+    Example: diffedit apply builtin:emoji --edit no-dog --edit castles -o edited-model
     """
     refuse_existing(out, overwrite)
     editor = open_editor(model, loading_fields(backend, device, dtype))

@@ -21,7 +21,9 @@ def list_plugins(json: options.Json = False, debug: options.Debug = False) -> Re
     with working("Looking for plugins"):
         from diffedit import registry
 
-        found = {kind: [_record(registry, kind, name) for name in registry.names(kind)] for kind in _KINDS}
+        found: dict[str, list[dict[str, Any]]] = {
+            kind: [_record(registry, kind, name) for name in registry.names(kind)] for kind in _KINDS
+        }
 
     def render(console: Console) -> None:
         for kind, records in found.items():

@@ -34,7 +34,7 @@ def update(
 ) -> Result:
     """Give a concept another meaning and save the edit.
 
-    Example: diffedit update builtin:emoji "crystal ball" snowflake -o crystal
+    Example: diffedit update builtin:emoji house castle -o castles
     """
     return run(
         Plan(

@@ -44,7 +44,7 @@ def model_card(manifest: Manifest, files: Mapping[str, int]) -> str:
     parts = [
         _front_matter(manifest),
         f"# {title}",
-        f"An edit of {_base(manifest)}, made by [diffedit](https://pypi.org/project/diffedit/): a low-rank change of "
+        f"An edit of {_base(manifest)}, made by diffedit: a low-rank change of "
         f"{len(manifest.sites)} weight {'matrix' if len(manifest.sites) == 1 else 'matrices'}, rank at most "
         f"{max((site.rank for site in manifest.sites), default=0)}.",
         _requests(manifest),

@@ -12,8 +12,10 @@ import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticSerializationError
 
 from diffedit.delta import Diagnostics
+from diffedit.errors import RequestError
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role, TokenRule
 
@@ -24,7 +26,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants")
 
 
 class SiteRecord(_Frozen):
@@ -39,13 +41,13 @@ class SiteRecord(_Frozen):
         diagnostics: the solve's own report, if there was a solve.
     """
 
-    component: str
+    component: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
     path: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,256}$")]
-    layer: int
+    layer: Annotated[int, Field(ge=0)]
     role: Role
-    d_out: int
-    d_in: int
-    rank: int
+    d_out: Annotated[int, Field(ge=1)]
+    d_in: Annotated[int, Field(ge=1)]
+    rank: Annotated[int, Field(ge=1)]
     relative_norm: float
     base_sha256: dict[str, Sha256]
     result_sha256: Sha256
@@ -108,8 +110,15 @@ class Manifest(_Frozen):
         return Location(sites, self.tokens, self.locator.name, self.locator.reference, self.scores)
 
     def with_id(self) -> Manifest:
-        """The same manifest with its `edit_id` computed."""
-        content = self.model_dump(mode="json", exclude={"edit_id"})
+        """The same manifest with its `edit_id` computed.
+
+        Raises:
+            RequestError: a plugin's settings hold something that JSON cannot.
+        """
+        try:
+            content = self.model_dump(mode="json", exclude={"edit_id"})
+        except PydanticSerializationError as error:
+            raise RequestError("the settings cannot be written as JSON", cause=str(error)) from error
         return self.model_copy(update={"edit_id": hashlib.sha256(canonical_json(content)).hexdigest()})
 
     def slug(self) -> str:
@@ -119,9 +128,16 @@ class Manifest(_Frozen):
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys, no white space, no NaN: one text per value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8")
+    """UTF-8 JSON with sorted keys, no white space, no NaN: one text per value.
+
+    Raises:
+        RequestError: the value holds NaN, infinity, an unpaired surrogate or something that is not JSON.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise RequestError("a value cannot be written as JSON", cause=str(error)) from error
 
 
 def diagnostics_dict(diagnostics: Diagnostics | None) -> dict[str, float] | None:

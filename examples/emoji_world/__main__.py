@@ -7,28 +7,28 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPModel
+from diffusers import StableDiffusionPipeline
 
 from . import classifier, clip, common, evaluate, export, pictures, tokenizer, unet, vae
+from .augment import Copies
+from .vae import load_vae
 from .world import OBJECTS, STYLES, compose
 
-STAGES: dict[str, float] = {"vae": 38, "clip": 19, "scorer": 15, "classifier": 6, "unet": 65}  # minutes on two cores
+STAGES: dict[str, float] = {"vae": 35, "clip": 40, "scorer": 14, "classifier": 5, "unet": 45}  # minutes on two cores
 
 
 def train(work: Path, stages: list[str], minutes: float | None, workers: int) -> None:
     """Train the stages in order; each resumes from its checkpoint."""
     for stage in stages:
         limit = minutes or STAGES[stage]
-        copier = AutoencoderKL.from_pretrained(work / "vae").eval() if stage in ("scorer", "classifier") else None
         if stage == "vae":
-            vae.train_vae(work, limit)
+            common.run_workers(workers, work, vae.train_vae, work, limit)
         elif stage == "clip":
             clip.train_clip("clip", work, limit, seed=2)
         elif stage == "scorer":
-            clip.train_clip("scorer", work, limit, seed=11, batch=64, vae=copier)
+            clip.train_clip("scorer", work, limit, seed=11, copies=Copies(work, load_vae(work)))
         elif stage == "classifier":
-            classifier.train_classifier(work, limit, vae=copier)
+            classifier.train_classifier(work, limit, Copies(work, load_vae(work)))
         else:
             common.run_workers(workers, work, export.train_unet, work, limit)
 
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="train: which parts")
     parser.add_argument("--minutes", type=float, help="train: instead of each part's usual time")
     parser.add_argument("--seeds", type=int, default=3, help="evaluate: pictures for each object in each style")
+    parser.add_argument("--model", type=Path, help="evaluate: an exported folder instead of the last checkpoint")
     parser.add_argument("--out", type=Path, help="export: folder that receives emoji/ and emoji-scorer/")
     parser.add_argument("--threads", type=int, default=2, help="cores to use (the denoiser: one worker process each)")
     args = parser.parse_args()
@@ -63,9 +64,12 @@ def main() -> None:
     elif args.command == "train":
         train(args.work, args.stages, args.minutes, args.threads)
     elif args.command == "evaluate":
-        pipe = unet.assemble(args.work, unet.averaged_unet(args.work, 128))
-        scorer = CLIPModel.from_pretrained(args.work / "scorer", dtype=torch.float32).eval()
-        evaluate.evaluate(pipe, scorer, args.work, args.seeds)
+        if args.model is not None:
+            pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+            pipe.set_progress_bar_config(disable=True)
+        else:
+            pipe = unet.assemble(args.work, unet.averaged_unet(args.work, 128))
+        evaluate.evaluate(pipe, args.work, args.seeds)
     else:
         out = args.out or args.work / "export"
         gate = json.loads((args.work / "gate.json").read_text()) if (args.work / "gate.json").exists() else None

@@ -150,7 +150,7 @@ SCORER_TEXT = """# builtin:emoji-scorer
 
 A small `CLIPModel` that names the object, category, style and background of 64 x 64 pictures from the world of
 `builtin:emoji`. It was trained apart from that model, with another seed and another architecture (pictures: 4
-layers, width 144, patches of 8 pixels; text: 3 layers, width 96), on drawings disturbed by blur, noise, colour
+layers, width 144, patches of 16 pixels; text: 3 layers, width 96), on drawings disturbed by blur, noise, colour
 shifts and autoencoder copies.
 
 ```python

@@ -10,12 +10,11 @@ from pathlib import Path
 from random import Random
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .augment import augmented
+from .augment import Copies, augmented
 from .common import log, train
 from .pictures import Pictures
 from .world import BACKGROUNDS, OBJECTS, STYLES
@@ -49,9 +48,7 @@ class Classifier(nn.Module):
         return torch.cat([torch.stack([x.argmax(1) for x in self(part)], 1) for part in pictures.split(128)])
 
 
-def train_classifier(
-    work: Path, minutes: float, seed: int = 3, batch: int = 64, vae: AutoencoderKL | None = None
-) -> Classifier:
+def train_classifier(work: Path, minutes: float, copies: Copies, seed: int = 3, batch: int = 64) -> Classifier:
     """Train (resumable) and write `<work>/classifier.safetensors`."""
     source, rng = Pictures.load(work), Random(seed)
     torch.manual_seed(seed)
@@ -59,13 +56,12 @@ def train_classifier(
 
     def loss_of(step: int) -> torch.Tensor:
         pictures, labels = source.batch(rng, batch)
-        # autoencoder copies are dear, so only every third batch has them
-        outputs = model(augmented(pictures, rng, vae if step % 3 == 0 else None))
+        outputs = model(augmented(pictures, rng, copies.of(labels)))
         wanted = torch.tensor(labels)
         return sum(cross_entropy(out, wanted[:, i], label_smoothing=0.05) for i, out in enumerate(outputs))
 
     def report(step: int) -> None:
-        log.info("classifier: step %d, held-out accuracy %s", step, judge(model, source, vae))
+        log.info("classifier: step %d, accuracy %s", step, judge(model, source, copies))
 
     train(
         "classifier", work, model, loss_of, steps=100_000, minutes=minutes, rate=2e-3, report=report, report_every=500
@@ -75,11 +71,11 @@ def train_classifier(
     return model
 
 
-def judge(model: Classifier, source: Pictures, vae: AutoencoderKL | None, n: int = 600) -> list[float]:
+def judge(model: Classifier, source: Pictures, copies: Copies, n: int = 600) -> list[float]:
     """Accuracy of the three heads on freshly disturbed pictures."""
     rng = Random(777)
     pictures, labels = source.batch(rng, n)
-    hits = model.predict(augmented(pictures, rng, vae)) == torch.tensor(labels)
+    hits = model.predict(augmented(pictures, rng, copies.of(labels))) == torch.tensor(labels)
     return [round(x, 4) for x in hits.float().mean(0).tolist()]
 
 

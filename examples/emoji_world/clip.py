@@ -12,11 +12,10 @@ from pathlib import Path
 from random import Random
 
 import torch
-from diffusers import AutoencoderKL
 from torch.nn.functional import log_softmax
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from .augment import augmented
+from .augment import Copies, augmented
 from .common import log, train
 from .pictures import Pictures
 from .tokenizer import load_tokenizer
@@ -52,7 +51,7 @@ MODELS: dict[str, dict[str, dict[str, int]]] = {
             "intermediate_size": 432,
             "num_hidden_layers": 4,
             "num_attention_heads": 6,
-            "patch_size": 8,
+            "patch_size": 16,
         },
     },
 }
@@ -160,9 +159,9 @@ def named(labels: list[tuple[int, int, int]]) -> list[tuple[str, str, str]]:
 
 
 def train_clip(
-    kind: str, work: Path, minutes: float, seed: int, batch: int = 96, vae: AutoencoderKL | None = None
+    kind: str, work: Path, minutes: float, seed: int, batch: int = 96, copies: Copies | None = None
 ) -> CLIPModel:
-    """Train `clip` or `scorer` (resumable) and write it to `<work>/<kind>`."""
+    """Train `clip` or, with autoencoder copies and disturbances, `scorer` (resumable); write it to `<work>/<kind>`."""
     tokenizer, source, rng = load_tokenizer(work / "tokenizer"), Pictures.load(work), Random(seed)
     torch.manual_seed(seed)
     clip = make_clip(kind, tokenizer)
@@ -170,17 +169,15 @@ def train_clip(
 
     def loss_of(step: int) -> torch.Tensor:
         pictures, labels = source.batch(rng, batch)
-        if kind == "scorer":
-            pictures = augmented(pictures, rng, vae)
+        if copies is not None:
+            pictures = augmented(pictures, rng, copies.of(labels))
         return clip_loss(clip, tokenizer, pictures, named(labels), rng)
 
     def report(step: int) -> None:
-        log.info(
-            "%s: step %d, zero-shot %s",
-            kind,
-            step,
-            accuracy(clip, tokenizer, source, Random(999), vae if kind == "scorer" else None),
-        )
+        pictures, labels = source.batch(fresh := Random(999), 400)
+        if copies is not None:
+            pictures = augmented(pictures, fresh, copies.of(labels))
+        log.info("%s: step %d, zero-shot %s", kind, step, score(clip.eval(), tokenizer, pictures, named(labels)))
 
     train(
         kind,
@@ -190,7 +187,6 @@ def train_clip(
         steps=100_000,
         minutes=minutes,
         rate=1e-3,
-        warmup=100,
         decay=0.05,
         average=0.995,
         report=report,
@@ -199,17 +195,6 @@ def train_clip(
     report(0)
     clip.save_pretrained(work / kind)
     return clip
-
-
-@torch.no_grad()
-def accuracy(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, source: Pictures, rng: Random, vae: AutoencoderKL | None, n: int = 400
-) -> dict[str, float]:
-    """Zero-shot accuracy by kind on fresh (for the scorer: disturbed) pictures."""
-    clip.eval()
-    pictures, labels = source.batch(rng, n)
-    pictures = augmented(pictures, rng, vae) if vae is not None else pictures
-    return score(clip, tokenizer, pictures, named(labels))
 
 
 @torch.no_grad()

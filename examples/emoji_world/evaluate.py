@@ -16,13 +16,13 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 from transformers import CLIPModel
 
+from .augment import augmented, autoencoded
 from .classifier import Classifier, load_classifier
-from .clip import accuracy, image_vectors, prompts_of, score, text_vectors, tokens
+from .clip import image_vectors, named, prompts_of, score, text_vectors, tokens
 from .common import log, replace_file, save_grid
 from .pictures import Pictures
 from .tokenizer import load_tokenizer
 from .unet import sample
-from .vae import decode, encode
 from .world import BACKGROUNDS, CATEGORIES, GUIDANCE, OBJECTS, STEPS, STYLES, category_of, compose
 
 FIRST_SEED = 1_000_000  # training never uses these generators
@@ -135,26 +135,27 @@ def scorer_agreement(scorer: CLIPModel, work: Path, result: dict[str, Any]) -> d
     return {"generated": score(scorer, tokenizer, pictures, facts), "same_object_as_classifier": same, "n": len(plan)}
 
 
-def evaluate(
-    pipe: StableDiffusionPipeline, scorer: CLIPModel | None, work: Path, seeds: int, each: int = 24
-) -> dict[str, Any]:
+def evaluate(pipe: StableDiffusionPipeline, work: Path, seeds: int, each: int = 24) -> dict[str, Any]:
     """Run everything, log it, and write `<work>/gate.json`."""
     judge, source = load_classifier(work), Pictures.load(work)
     result = gate(pipe, judge, seeds, work)
     log.info("gate: object %.3f style %.3f background %.3f", result["object"], result["style"], result["background"])
-    if scorer is not None:
-        result["scorer"] = scorer_agreement(scorer, work, result)
-        tokenizer = load_tokenizer(work / "tokenizer")
-        result["scorer"]["drawn_clean"] = accuracy(scorer, tokenizer, source, Random(31), None, 1000)
-        result["scorer"]["drawn_disturbed"] = accuracy(scorer, tokenizer, source, Random(32), pipe.vae, 1000)
     result["categories"] = categories(pipe, judge, each)
     result["bare"] = bare(pipe, judge, 2)
-    drawn, labels = source.batch(Random(33), 500)
-    copies = decode(pipe.vae, encode(pipe.vae, drawn))
+    pictures, labels = source.batch(rng := Random(31), 1000)
+    copies = torch.cat([autoencoded(pipe.vae, part, 0.1) for part in tqdm(pictures.split(50), desc="copies")])
+    objects = torch.tensor(labels)[:, 0]
     result["autoencoder"] = {
-        "mean_absolute_error": round((copies - drawn).abs().mean().item(), 4),
-        "object_kept": share((judge.predict(copies)[:, 0] == torch.tensor(labels)[:, 0]).tolist()),
+        "mean_absolute_error": round((copies - pictures).abs().mean().item(), 4),
+        "object_kept": share((judge.predict(copies)[:, 0] == objects).tolist()),
     }
+    disturbed = augmented(pictures, rng, copies)
+    result["judge_on_disturbed_drawings"] = share((judge.predict(disturbed)[:, 0] == objects).tolist())
+    scorer = CLIPModel.from_pretrained(work / "scorer", dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(work / "tokenizer")
+    result["scorer"] = scorer_agreement(scorer, work, result)
+    result["scorer"]["drawn_clean"] = score(scorer, tokenizer, pictures, named(labels))
+    result["scorer"]["drawn_disturbed"] = score(scorer, tokenizer, disturbed, named(labels))
     result = {key: value for key, value in result.items() if not key.startswith("_")}
     log.info("%s", json.dumps(result, indent=1))
     replace_file(work / "gate.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))

@@ -78,7 +78,7 @@ def cached_latents(work: Path, vae: AutoencoderKL, copies: int, seed: int) -> tu
             for label in labels[start : start + 60]
         ]
         parts.append(encode(vae, torch.stack(drawn)))
-    latents = torch.cat(parts) * vae.config.scaling_factor
+    latents = (torch.cat(parts) * vae.config.scaling_factor).contiguous()
     save_file({"latents": latents, "labels": torch.tensor(labels)}, path)
     return latents, torch.tensor(labels)
 
@@ -165,7 +165,7 @@ def train_unet(
     minutes: float,
     seed: int = 4,
     batch: int = 64,
-    copies: int = 3,
+    copies: int = 2,
     rate: float = 1e-3,
     on_report: Callable[[int], None] | None = None,
 ) -> UNet2DConditionModel:
@@ -182,9 +182,7 @@ def train_unet(
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=SNR_CAP) / snr
     saved = load_checkpoint(work / "unet.pt")
-    begin = (
-        seed + rank() + 1000 * (saved["step"] if saved else 0)
-    )  # fresh pictures and noise after a restart
+    begin = seed + rank() + 1000 * (saved["step"] if saved else 0)  # fresh pictures and noise after a restart
     rng, _ = Random(begin), torch.manual_seed(begin)
 
     def loss_of(step: int) -> torch.Tensor:

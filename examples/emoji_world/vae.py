@@ -41,7 +41,7 @@ def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     colour = (error - error.mean(1, keepdim=True)).abs().mean()
     coarse = torch.nn.functional.avg_pool2d(error, 4).abs().mean()
-    return error.abs().mean() + error.square().mean() + 3 * colour + 0.5 * edges + 0.5 * coarse
+    return error.abs().mean() + error.square().mean() + 5 * colour + 0.5 * edges + 0.5 * coarse
 
 
 def whiteness(latents: torch.Tensor) -> torch.Tensor:
@@ -61,9 +61,7 @@ def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 8) -> Auto
     torch.manual_seed(seed)
     vae = make_vae().to(memory_format=torch.channels_last)
     saved = load_checkpoint(work / "vae.pt")
-    begin = (
-        seed + rank() + 1000 * (saved["step"] if saved else 0)
-    )  # fresh pictures and noise after a restart
+    begin = seed + rank() + 1000 * (saved["step"] if saved else 0)  # fresh pictures and noise after a restart
     rng, _ = Random(begin), torch.manual_seed(begin)
     held_out = torch.stack(
         [
@@ -104,6 +102,11 @@ def train_vae(work: Path, minutes: float, seed: int = 1, batch: int = 8) -> Auto
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 6))
     vae.save_pretrained(work / "vae")
     return vae
+
+
+def load_vae(work: Path) -> AutoencoderKL:
+    """The trained autoencoder."""
+    return AutoencoderKL.from_pretrained(work / "vae").eval()
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Proves that every registered backend, locator and updater keeps its contract on every layout, and that the suite which
-says so notices each way of breaking it."""
+"""Proves that every registered backend, locator and updater keeps its contract on every layout, and that the suite
+which says so notices each way of breaking it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray
     return np.linalg.qr(rng.standard_normal((rows, columns)))[0]
 
 
-def matrix(rng: np.random.Generator, rows: int, columns: int, *, decades: float = 1.0, scale: float = 1.0) -> np.ndarray:
+def matrix(
+    rng: np.random.Generator, rows: int, columns: int, *, decades: float = 1.0, scale: float = 1.0
+) -> np.ndarray:
     """A matrix whose singular values fall from `scale` by `decades` powers of ten."""
     r = min(rows, columns)
     sigma = np.logspace(0, -decades, r) if r > 1 else np.ones(1)

@@ -33,7 +33,11 @@ def run(pipe, layer, prompts) -> tuple[np.ndarray, np.ndarray, list[int]]:
     with torch.no_grad():
         pipe.text_encoder(ids)
     handle.remove()
-    return seen["x"].double().numpy(), seen["y"].double().numpy(), ids.eq(pipe.tokenizer.eos_token_id).int().argmax(1).tolist()
+    return (
+        seen["x"].double().numpy(),
+        seen["y"].double().numpy(),
+        ids.eq(pipe.tokenizer.eos_token_id).int().argmax(1).tolist(),
+    )
 
 
 def dense(layer, pairs, lam) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Proves the laws that any regularised least-squares edit obeys (reliability.md, section 4, invariants 1 to 6), whatever
-the numbers: no reference solution is involved, so a shared mistake of code and oracle would show here."""
+"""Proves the laws that any regularised least-squares edit obeys (reliability.md, section 4, invariants 1 to 6),
+whatever the numbers: no reference solution is involved, so a shared mistake of code and oracle would show here."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 from hypothesis import given, settings
@@ -48,8 +50,8 @@ def test_lam_trades_strength_for_fit_monotonically(problem):
     grid = [unit * 10.0**e for e in range(-8, 9, 2)]
     norms = [float(np.linalg.norm(change(problem, lam=lam))) for lam in grid]
     left = [solve(problem, lam=lam).residual for lam in grid]
-    assert all(a >= b * (1 - 1e-9) for a, b in zip(norms, norms[1:], strict=False))
-    assert all(a <= b + 1e-9 for a, b in zip(left, left[1:], strict=False))
+    assert all(a >= b * (1 - 1e-9) for a, b in itertools.pairwise(norms))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(left))
     assert norms[-1] <= 1e-3 * norms[0]
     if len(problem.keys) <= problem.keys.shape[1]:
         assert left[0] <= 1e-4
@@ -97,7 +99,7 @@ def test_preserve_keys_only_ever_damp(problem, seed):
         for w in (0.0, 1.0, 1e2, 1e8)
     ]
     assert close(change(problem, preserve=key, preserve_weights=np.zeros(1)), change(problem), 1e-10)
-    assert all(a >= b * (1 - 1e-9) for a, b in zip(moved, moved[1:], strict=False))
+    assert all(a >= b * (1 - 1e-9) for a, b in itertools.pairwise(moved))
     assert moved[-1] <= 1e-2 * moved[0]
 
 

@@ -65,7 +65,7 @@ def test_keeps_eight_digits_where_a_is_conditioned_1e12(condition, n, d_in):
 
 
 def test_weak_directions_count_as_long_as_lam_is_positive():
-    """A key direction 1e-12 times the strongest is noise without lam, but part of the answer with it (cond A is 1e6)."""
+    """A key direction 1e-12 times the strongest is noise without lam but part of the answer with it (cond A 1e6)."""
     rng = np.random.default_rng(3)
     keys = orthonormal(rng, 4, 2).T * np.array([[1.0], [0.9e-12]])
     residuals = np.array([[0.0], [1.0]])
@@ -224,6 +224,6 @@ def test_keys_that_cannot_carry_an_edit_are_refused(given_, preserve):
 def test_ill_conditioned_keys_are_refused_and_lam_cures_them(pair):
     keys = pair[0].double()
     keys[1] = keys[0] + 1e-9 * keys[1]
-    with pytest.raises(IllConditionedError, match="condition .*aise lam"):
+    with pytest.raises(IllConditionedError, match=r"condition .*aise lam"):
         ridge_factors(keys, pair[1], lam=0.0)
     assert ridge_factors(keys, pair[1], lam=1e-3).condition < 1e6

@@ -88,7 +88,7 @@ class WordsBackend(Backend):
         if roles and Role.TEXT_SELF_ATTN_OUT not in roles:
             return ()
         role = Role.TEXT_SELF_ATTN_OUT
-        return tuple(EditSite("text_encoder", str(i), i, role, WIDTH, WIDTH) for i in range(LAYERS))
+        return tuple(EditSite("text_encoder", f"text_model.layers.{i}", i, role, WIDTH, WIDTH) for i in range(LAYERS))
 
     def span(self, prompt: str, subject: str, occurrence: int | None = None) -> SubjectSpan:
         start, stop = locate(prompt, subject, occurrence)

@@ -1,4 +1,4 @@
-"""A tiny pipeline as one original-layout checkpoint, the kind that people trade: the inverse of diffusers' key mapping."""
+"""A tiny pipeline as one original-layout checkpoint, as people trade them: the inverse of diffusers' key mapping."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Proves the main job on random-weight pipelines of both families and layouts: an edit makes its layer say what was asked,
-moves nothing else by more than the mathematics allow, travels through a folder bit for bit, and can be taken back."""
+"""Proves the main job on random-weight pipelines of both families and layouts: an edit makes its layer say what was
+asked, moves nothing else by more than the mathematics allow, travels through a folder bit for bit, and can be taken
+back."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from diffedit.errors import (
     NotAppliedError,
     UnsupportedTensorError,
 )
+from diffedit.ledger import tensor_hash
 from diffedit.request import STYLE_TEMPLATES
 from diffedit.site import TokenRule
 from diffedit.testing import model_state
@@ -62,17 +64,17 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_subject_now_gives_what_the_target_gave(pipeline, values, what):
     prompt, goal = "a photo of a dog", "a photo of a cat"
     wanted = states(pipeline, goal)[what]
-    assert gap(states(pipeline, prompt)[what], wanted) > 0.3  # control
+    assert gap(states(pipeline, prompt)[what], wanted) > 0.2  # control
     edit = Editor(pipeline).ablate("dog", target="cat", updater=QuickFix(lam=1e-5, values=values))
     assert gap(states(pipeline, prompt)[what], wanted) < 1e-2
     edit.revert()
-    assert gap(states(pipeline, prompt)[what], wanted) > 0.3
+    assert gap(states(pipeline, prompt)[what], wanted) > 0.2
 
 
 def test_larger_lam_weakens_the_edit(sd1):
     editor, gaps = Editor(sd1), []
     wanted = states(sd1, "a dog")["stream"]
-    for lam in (1e-4, 1e-1, 10.0, 1e3):
+    for lam in (0.1, 10.0, 1e3, 1e5):
         edit = editor.ablate("dog", target="cat", updater=QuickFix(lam=lam))
         gaps.append(gap(states(sd1, "a dog")["stream"], wanted))
         edit.revert()
@@ -180,14 +182,20 @@ def test_an_automatic_target_is_reported_and_recorded(sd1, caplog):
     target, reason = edit.requests[0].target, edit.manifest.target_reasons[0]
     assert target and "general nouns" in reason
     assert any(repr(target) in record.getMessage() and reason in record.getMessage() for record in caplog.records)
-    assert repr(target) in edit.summary() and "given" in Editor(copy.deepcopy(sd1)).ablate("dog", target="cat").summary()
+    assert (
+        repr(target) in edit.summary() and "given" in Editor(copy.deepcopy(sd1)).ablate("dog", target="cat").summary()
+    )
 
 
-def test_an_automatic_target_is_neither_a_subject_nor_preserved(sd1):
-    """No subject of the same edit either: it would be handed on to a concept that is itself being removed."""
+def test_an_automatic_target_is_never_what_is_to_stay(sd1):
     first = Editor(copy.deepcopy(sd1)).ablate("Snoopy").requests[0].target
     kept = Editor(copy.deepcopy(sd1)).ablate("Snoopy", preserve=[first])
     assert kept.requests[0].target != first
+
+
+def test_an_automatic_target_is_no_subject_of_the_same_edit(sd1):
+    """It would be what is being removed: "Snoopy" would go on drawing the monkey that the edit takes out."""
+    first = Editor(copy.deepcopy(sd1)).ablate("Snoopy").requests[0].target
     both = Editor(sd1).ablate(["Snoopy", first])
     assert not {r.target for r in both.requests} & {r.subject for r in both.requests}
 
@@ -267,12 +275,13 @@ def _other_family(pipe, folder):
 def test_another_base_is_refused_with_both_fingerprints(sd1, tokenizer_folder, tmp_path, make):
     folder = Editor(copy.deepcopy(sd1)).ablate("dog", target="cat").save(tmp_path / "edit")
     other, case = make(sd1, tokenizer_folder)
-    before = model_state(other)
+    before, manifest, mine = model_state(other), Edit.load(folder).manifest, Editor(other).backend.fingerprints()
+    prints = [(theirs, mine[part]) for part, theirs in manifest.base.fingerprints.items() if theirs != mine[part]]
+    theirs, own = (prints or [(manifest.sites[0].base_sha256["float32"], tensor_hash(layer(other).weight))])[0]
     with pytest.raises(BaseMismatchError, match=case) as caught:
         Editor(other).load(folder)
-    edit, model = (part[:12] for part in str(caught.value.value).replace("float32 ", "").split(" ")[1::2][:2])
-    assert edit != model
-    assert "its base is" in str(caught.value) and model_state(other) == before
+    assert theirs[:12] in caught.value.value and own[:12] in caught.value.value and theirs != own
+    assert "its base is" in caught.value.cause and model_state(other) == before
 
 
 def test_an_edit_that_is_in_the_weights_already_is_recognised(sd1, tmp_path):
@@ -337,7 +346,7 @@ def test_a_layer_with_an_adapter_is_refused(sd1):
     assert model_state(sd1) == before
 
 
-def test_weights_that_only_inference_may_touch_are_refused_or_edited(sd1):
+def test_weights_made_in_inference_mode_are_refused(sd1):
     with torch.inference_mode():
         frozen = copy.deepcopy(layer(sd1).weight)
         layer(sd1).weight = torch.nn.Parameter(frozen.clone(), requires_grad=False)
@@ -376,17 +385,17 @@ def test_a_forward_hook_of_somebody_else_stays_and_still_sees_everything(sd1):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_true_size_text_encoders_in_both_layouts(tokenizer_folder, family):
-    flat = build.pipeline(tokenizer_folder, family=family, true_size=True)
+    flat, updater = build.pipeline(tokenizer_folder, family=family, true_size=True), QuickFix(lam=1e-5)
     site, wanted = Editor(flat).backend.sites()[-1], build.TRUE_SIZE[family]
     assert (site.layer + 1, site.d_out) == (wanted["num_hidden_layers"], wanted["hidden_size"])
     before, goal = layer(flat).weight.detach().clone(), states(flat, "a photo of a cat")["stream"]
-    edit = Editor(flat).ablate("Snoopy", target="cat")
+    edit = Editor(flat).ablate("Snoopy", target="cat", updater=updater)
     assert gap(states(flat, "a photo of a Snoopy")["stream"], goal) < 0.1
     edited = bits(flat)
     edit.revert()
     assert torch.equal(layer(flat).weight, before)
     flat.text_encoder = build.NestedTextModel(flat.text_encoder)
-    again = Editor(flat).ablate("Snoopy", target="cat")
+    again = Editor(flat).ablate("Snoopy", target="cat", updater=updater)
     assert again.id == edit.id and bits(flat) == edited
 
 

@@ -1,4 +1,4 @@
-"""A single-file checkpoint in the original layout opens as the same model, takes the same edit, and stays as it is on disk."""
+"""A single-file checkpoint in the original layout opens as the same model, takes the same edit, and stays as it is."""
 
 from __future__ import annotations
 

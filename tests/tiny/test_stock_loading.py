@@ -1,5 +1,5 @@
-"""Proves that a saved edit works without diffedit: a process that imports only diffusers and PEFT loads the folder and gets
-the edited model's text embeddings to 1e-5, for SD 1.x and 2.x, by both of the files meant for it."""
+"""Proves that a saved edit works without diffedit: a process that imports only diffusers and PEFT loads the folder and
+gets the edited model's text embeddings to 1e-5, for SD 1.x and 2.x, by both of the files meant for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny import build
 
 PROMPTS = ["a photo of a dog", "Snoopy smiles", "a fox"]
 
-LOADER = '''
+LOADER = """
 import json, sys
 import torch
 from diffusers import StableDiffusionPipeline
@@ -47,7 +47,7 @@ for base, edit in json.loads(sys.argv[2]):
     out[edit] = gaps
 assert not any(name.split(".")[0] == "diffedit" for name in sys.modules)
 print("RESULT " + json.dumps(out))
-'''
+"""
 
 
 def embed(pipe) -> torch.Tensor:

@@ -23,7 +23,11 @@ def low_rank(d_out: int, d_in: int, rank: int, seed: int, scale: float = 1.0) ->
 @st.composite
 def pairs(draw):
     d_out, d_in = draw(st.integers(1, 7)), draw(st.integers(1, 7))
-    make = lambda: low_rank(d_out, d_in, draw(st.integers(0, 9)), draw(st.integers(0, 2**31)), 10.0 ** draw(st.integers(-5, 5)))  # noqa: E501, E731
+
+    def make() -> LowRank:
+        rank, seed, power = draw(st.integers(0, 9)), draw(st.integers(0, 2**31)), draw(st.integers(-5, 5))
+        return low_rank(d_out, d_in, rank, seed, 10.0**power)
+
     return make(), make()
 
 

@@ -34,7 +34,12 @@ def test_every_error_is_documented_has_its_own_code_and_an_exit_code(cls):
 def test_the_message_holds_all_four_parts_in_order():
     error = UnknownNameError("there is no such thing", value="'x'", cause="a typo", hint="look again.")
     assert str(error) == "[DE-200] there is no such thing: 'x'. A typo. Look again."
-    assert (error.case, error.value, error.cause, error.hint) == ("there is no such thing", "'x'", "a typo", "look again.")
+    assert (error.case, error.value, error.cause, error.hint) == (
+        "there is no such thing",
+        "'x'",
+        "a typo",
+        "look again.",
+    )
     assert str(UnknownNameError("no more")) == "[DE-200] no more."
     assert str(UnknownNameError("number", value=0)) == "[DE-200] number: 0."
 

@@ -32,8 +32,7 @@ def third_party(monkeypatch):
 
     def install(**points):
         made = [EntryPoint(name.replace("_", "-"), f"{__name__}:{attr}", "g") for name, attr in points.items()]
-        for point in made:
-            monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.attr])
+        monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.attr])
         monkeypatch.setattr(registry, "entry_points", lambda group: made if group == "diffedit.locators" else [])
 
     return install
@@ -67,7 +66,9 @@ def test_build_takes_a_name_or_an_object():
     assert registry.build("locators", mine) is mine
 
 
-@pytest.mark.parametrize("given", [FixedLocator, 5, None, FixedLocator()], ids=["class", "number", "none", "other kind"])
+@pytest.mark.parametrize(
+    "given", [FixedLocator, 5, None, FixedLocator()], ids=["class", "number", "none", "other kind"]
+)
 def test_build_refuses_anything_else(given):
     with pytest.raises(UnknownNameError, match="given by name or as an object"):
         registry.build("updaters", given)

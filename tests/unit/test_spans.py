@@ -82,7 +82,7 @@ def test_two_occurrences(tokenizer):
 
 @pytest.mark.parametrize("prompt", ["a category", "a hotdog", "dogs", "", "cat"])
 def test_no_whole_word(tokenizer, prompt):
-    with pytest.raises(RequestError, match="does not stand in the prompt|the prompt is empty"):
+    with pytest.raises(RequestError, match=r"does not stand in the prompt|the prompt is empty"):
         subject_span(tokenizer, prompt, "dog", 77)
 
 

@@ -1,4 +1,4 @@
-"""A backend over a few bare linear layers: all that the ledger needs of a model, and nothing that could hide a mistake."""
+"""A backend over bare linear layers: all that the ledger needs of a model, and nothing that could hide a mistake."""
 
 from __future__ import annotations
 

@@ -101,6 +101,7 @@ def test_apply_merges_edits_into_a_pipeline_for_stock_diffusers(cli, model):
     change = sum(factor.dense() for delta in deltas for _, factor in delta)
     expected = (encoder_weight(model).double() + change).float()
     assert torch.equal(encoder_weight(Path("merged")), expected)
+    assert cli("apply", model, "--edit", "one", "-o", "merged", "--json").error["code"] == "DE-504"
 
 
 def test_generate_writes_one_picture_per_prompt_and_seed(cli, model):
@@ -123,6 +124,8 @@ def test_preview_draws_into_the_folder_and_leaves_the_edit_loadable(cli, model):
     picture = Path(outcome.document["preview"])
     assert picture == Path("out/before_after.png") and picture_size(picture)[0] > 1000
     assert Edit.load("out").requests[0].subject == "dog"
+    again = cli("ablate", model, "dog", "--target", "pig", "-o", "out", "--overwrite", "--json")
+    assert again.code == 0 and not picture.exists(), "the picture of a replaced edit goes with it"
 
 
 def test_list_shows_references_and_settings(cli):

@@ -89,7 +89,7 @@ def squeeze(text: str) -> str:
     return " ".join(text.split())
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.text() | st.sampled_from(NASTY) | st.text("<>&|`*_[]()!#~\\@:/.-+{}$\"' a\n1"))
 def test_escaped_text_reads_the_same_and_makes_no_markup(text: str) -> None:
     cell = render(table(["head"], [[text]]))
@@ -102,8 +102,8 @@ def test_escaped_text_reads_the_same_and_makes_no_markup(text: str) -> None:
 
 def test_the_renderer_would_show_an_attack() -> None:
     """The control: unescaped, the same texts do become markup."""
-    made = [render(f"| head |\n| --- |\n| {text} |").tags for text in NASTY[:5]]
-    assert sum(tags != ["table", "thead", "tr", "th", "tbody", "tr", "td"] for tags in made) >= 4
+    for text, tag in ((NASTY[0], "script"), (NASTY[1], "img"), (NASTY[3], "code"), (NASTY[5], "img")):
+        assert tag in render(f"| head |\n| --- |\n| {text} |").tags
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import time
@@ -84,7 +85,7 @@ def mutate_json(document: Any, rng: random.Random) -> Any:
     for _ in range(rng.randint(1, 3)):
         path = rng.choice(walk(document)[1:] or [()])
         if not path:
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         parent = document
         for key in path[:-1]:
             parent = parent[key]
@@ -102,7 +103,7 @@ def mutate_json(document: Any, rng: random.Random) -> Any:
         elif action == 4 and isinstance(parent, list):
             parent.append(json.loads(json.dumps(parent[key])))
         else:
-            parent[key] = rng.choice(ODD)
+            parent[key] = copy.deepcopy(rng.choice(ODD))
     return document
 
 

@@ -41,7 +41,8 @@ def test_hub_ids(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["", "model", "/a/b", "./a", "a/b/c", "~/a", "a/", "/b", "../b", "a/..", "builtin:emoji", "C:/b", "a b/c", "a/b.safetensors",
+    ["", "model", "/a/b", "./a", "a/b/c", "~/a", "a/", "/b", "../b", "a/..", "builtin:emoji", "C:/b", "a b/c",
+     "a/b.safetensors",
      "a/b.ckpt", "a/b\n", "a/b--c", "a/<script>", "a/b|c", "x" * 97 + "/b", "é/b"],
 )  # fmt: skip
 def test_what_is_no_hub_id(source: str) -> None:
@@ -149,7 +150,7 @@ def test_a_path_that_is_not_canonical_is_refused(make_edit: Any) -> None:
     ("dtype", "low", "high"), [(torch.float32, 0.0, 1e-7), (torch.float16, 2e-5, 6e-4), (torch.bfloat16, 2e-4, 5e-3)]
 )
 def test_rounding_error(dtype: torch.dtype, low: float, high: float, make_edit: Any) -> None:
-    """The number that is reported is the number that is measured on the file, far out of balance as the factors may be."""
+    """The number that is told is the number that is measured on the file, however far out of balance the factors."""
     edit = make_edit([(0, OUT, 24, 32, 4), (1, FC2, 8, 64, 2)], scale=1e-3)
     skewed = Delta({place: LowRank(change.up * 1e5, change.down * 1e-5) for place, change in edit.delta})
     told = rounding_error(skewed, dtype)

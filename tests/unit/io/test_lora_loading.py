@@ -58,8 +58,8 @@ def pipeline(text_encoder: Any) -> Any:
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     return diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=copy.deepcopy(text_encoder), tokenizer=None, unet=unet, scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=copy.deepcopy(text_encoder), tokenizer=None, unet=unet,
+        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def test_transformers_loads_the_folder(text_encoder: Any, saved: Path, expected:
 
 
 def test_peft_loads_into_the_nested_layout(saved: Path, edit: Any) -> None:
-    """`CLIPTextModelWithProjection` still has the level `text_model`, as every CLIPTextModel had before transformers 5.6."""
+    """`CLIPTextModelWithProjection` still has the level `text_model`, as all had before transformers 5.6."""
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
         vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2, num_attention_heads=4,

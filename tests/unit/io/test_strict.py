@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffedit.errors import MalformedArtifactError
@@ -23,6 +23,7 @@ documents = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(documents, st.booleans())
 def test_reads_what_json_reads(document: object, ascii_only: bool) -> None:
     text = json.dumps(document, ensure_ascii=ascii_only)
