@@ -21,9 +21,9 @@ from diffedit.errors import NotAppliedError, RequestError, UnsupportedModelError
 from diffedit.interfaces import Backend, Locator, Updater, Vocabulary
 from diffedit.ledger import Ledger, Trial
 from diffedit.provenance import check_base, describe
-from diffedit.request import OBJECT_TEMPLATES, Action, Kind, Request, make_request
+from diffedit.request import Action, Kind, Request, make_request
 from diffedit.site import EditSite
-from diffedit.targets import TargetChooser
+from diffedit.targets import TargetChooser, default_templates, guess_kind
 
 if TYPE_CHECKING:
     import torch
@@ -260,32 +260,17 @@ class Editor:
         seed: int,
     ) -> Request:
         if kind is None and isinstance(subject, str):
-            kind, subject = self._kind(subject)
-        if not templates and kind == "object":
-            own = (template.replace("{}", "a {}") for template in self.vocabulary.templates if template != "{}")
-            templates = tuple(dict.fromkeys((*OBJECT_TEMPLATES, *own)))
+            kind, subject = guess_kind(subject, self.vocabulary)
         return make_request(
             subject=subject,
             action=action,
             target=target,
             kind=kind or "object",
             aliases=aliases,
-            templates=templates,
+            templates=templates or default_templates(kind or "object", self.vocabulary),
             preserve=preserve,
             seed=seed,
         )
-
-    def _kind(self, subject: str) -> tuple[Kind, str]:
-        words = subject.strip()
-        for prefix, suffix in (("in the style of ", ""), ("the style of ", ""), ("", " style")):
-            if (
-                words.casefold().startswith(prefix)
-                and words.casefold().endswith(suffix)
-                and len(words) > len(prefix + suffix)
-            ):
-                return "style", words[len(prefix) : len(words) - len(suffix)]
-        known = {style.casefold() for style in self.vocabulary.styles}
-        return ("style" if words.casefold() in known else "object"), subject
 
     def _targets(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
         filled, reasons = [], []

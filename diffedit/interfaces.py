@@ -63,7 +63,8 @@ class Vocabulary:
         styles: names of styles.
         backgrounds: colours that a background may have.
         nouns: general nouns that may serve as automatic targets.
-        templates: prompt templates with one "{}" that the model was trained on, without the final article.
+        templates: prompt templates of objects with one "{}" that the model was trained on, without the final article.
+        style_templates: prompt templates of styles with one "{}".
     """
 
     objects: tuple[str, ...] = ()
@@ -71,6 +72,7 @@ class Vocabulary:
     backgrounds: tuple[str, ...] = ()
     nouns: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
+    style_templates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

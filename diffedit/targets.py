@@ -1,4 +1,4 @@
-"""Choosing what takes an ablated concept's place when the user names nothing.
+"""What the user left unsaid: the kind of a subject, the prompts around it, and what takes its place.
 
 A style is dropped: "a picture in the style of X" is to read as "a picture in the style of a picture". An object becomes
 the nearest general noun ("Snoopy" -> "dog"), nearest by cosine in the model's own text encoder. The candidates are the
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import RequestError
-from diffedit.interfaces import Backend
-from diffedit.request import Request
+from diffedit.interfaces import Backend, Vocabulary
+from diffedit.request import OBJECT_TEMPLATES, STYLE_TEMPLATES, Kind, Request
 from diffedit.text import with_article
 
 STYLE_TARGET = "picture"
@@ -28,6 +28,29 @@ def general_nouns() -> tuple[str, ...]:
     """The bundled list, one noun a line."""
     text = (files("diffedit") / "assets" / "general_nouns.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))
+
+
+def guess_kind(subject: str, vocabulary: Vocabulary) -> tuple[Kind, str]:
+    """Whether a subject is a style, and its name without the words that say so.
+
+    >>> guess_kind("in the style of Monet", Vocabulary())
+    ('style', 'Monet')
+    """
+    words = subject.strip()
+    for prefix, suffix in (("in the style of ", ""), ("the style of ", ""), ("", " style")):
+        lower = words.casefold()
+        if lower.startswith(prefix) and lower.endswith(suffix) and len(words) > len(prefix + suffix):
+            return "style", words[len(prefix) : len(words) - len(suffix)]
+    known = {style.casefold() for style in vocabulary.styles}
+    return ("style" if words.casefold() in known else "object"), subject
+
+
+def default_templates(kind: Kind, vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The general templates of a kind, and those that the model's own vocabulary adds."""
+    if kind == "style":
+        return tuple(dict.fromkeys((*STYLE_TEMPLATES, *vocabulary.style_templates)))
+    own = (template.replace("{}", "a {}") for template in vocabulary.templates if template != "{}")
+    return tuple(dict.fromkeys((*OBJECT_TEMPLATES, *own)))
 
 
 class TargetChooser:

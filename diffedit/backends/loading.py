@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 
 from diffedit.errors import DiffEditError, ModelNotFoundError, UnknownNameError, UnsafeFormatError, nearest
 from diffedit.interfaces import LoadedModel, Sampling, Vocabulary
+from diffedit.text import with_article
 
 BUILT_IN = {"emoji": "emoji"}
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -193,13 +194,19 @@ def _read_vocabulary(path: Path) -> tuple[Vocabulary, Sampling]:
         return Vocabulary(), Sampling()
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        templates = data.get("templates", {})
+        nouns, templates = tuple(data.get("categories", ())), data.get("templates", {})
+        scenes = ("a picture", *(with_article(noun) for noun in nouns))
         vocabulary = Vocabulary(
             objects=tuple(data.get("objects", ())),
             styles=tuple(data.get("styles", ())),
             backgrounds=tuple(data.get("backgrounds", ())),
-            nouns=tuple(data.get("categories", ())),
-            templates=tuple(templates.get("object", ())) if isinstance(templates, dict) else (),
+            nouns=nouns,
+            templates=tuple(templates.get("object", ())),
+            style_templates=tuple(
+                form.replace("{object}", scene).replace("{style}", "{}")
+                for form in templates.get("style", ())
+                for scene in scenes
+            ),
         )
         return vocabulary, Sampling(data.get("steps", 50), data.get("guidance", 7.5), data.get("pixels"))
     except (ValueError, TypeError, AttributeError) as error:

@@ -186,7 +186,7 @@ def train_clip(
         loss_of,
         steps=100_000,
         minutes=minutes,
-        rate=1e-3,
+        rate=1e-3 if kind == "clip" else 1.5e-3,
         decay=0.05,
         average=0.995,
         report=report,
