@@ -23,7 +23,7 @@ from .common import log, replace_file, save_grid
 from .pictures import Pictures
 from .tokenizer import load_tokenizer
 from .unet import sample
-from .world import BACKGROUNDS, CATEGORIES, GUIDANCE, OBJECTS, STEPS, STYLES, category_of, compose
+from .world import BACKGROUNDS, CATEGORIES, DRAWN, GUIDANCE, OBJECTS, STEPS, STYLES, category_of, compose
 
 FIRST_SEED = 1_000_000  # training never uses these generators
 
@@ -135,14 +135,14 @@ def scorer_agreement(scorer: CLIPModel, work: Path, result: dict[str, Any]) -> d
     return {"generated": score(scorer, tokenizer, pictures, facts), "same_object_as_classifier": same, "n": len(plan)}
 
 
-def evaluate(pipe: StableDiffusionPipeline, work: Path, seeds: int, each: int = 24) -> dict[str, Any]:
+def evaluate(pipe: StableDiffusionPipeline, work: Path, seeds: int, each: int = 16) -> dict[str, Any]:
     """Run everything, log it, and write `<work>/gate.json`."""
     judge, source = load_classifier(work), Pictures.load(work)
     result = gate(pipe, judge, seeds, work)
     log.info("gate: object %.3f style %.3f background %.3f", result["object"], result["style"], result["background"])
     result["categories"] = categories(pipe, judge, each)
-    result["bare"] = bare(pipe, judge, 2)
-    pictures, labels = source.batch(rng := Random(31), 1000)
+    result["bare"] = bare(pipe, judge, 1)
+    pictures, labels = source.batch(rng := Random(31), DRAWN)
     copies = torch.cat([autoencoded(pipe.vae, part, 0.1) for part in tqdm(pictures.split(50), desc="copies")])
     objects = torch.tensor(labels)[:, 0]
     result["autoencoder"] = {

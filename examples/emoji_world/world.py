@@ -15,6 +15,7 @@ PIXELS = 64
 ICON_PIXELS = 56
 GUIDANCE = 3.5
 STEPS = 25
+DRAWN = 600  # drawings on which the accuracy of the judges themselves is measured
 MAX_TOKENS = 32
 MERGES = 6000
 

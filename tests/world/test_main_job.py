@@ -70,8 +70,7 @@ def test_a_saved_edit_gives_the_same_pictures_on_a_fresh_model(editor, tmp_path)
     assert np.array_equal(pixels(fresh.generate("a rabbit", seeds=[3, 4])), pixels(expected))
 
 
-STOCK = (
-    """
+STOCK = """
 import json, sys
 import numpy as np, torch
 from diffusers import StableDiffusionPipeline
@@ -85,8 +84,6 @@ images = pipe("a rabbit", generator=torch.Generator().manual_seed(3), num_infere
 np.save(out, np.asarray(images[0]))
 assert "diffedit" not in sys.modules
 """
-    % KOHYA_FILE
-)
 
 
 def test_stock_diffusers_draws_the_edited_picture_without_diffedit(editor, tmp_path):
