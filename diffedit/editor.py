@@ -23,7 +23,7 @@ from diffedit.ledger import Ledger, Trial
 from diffedit.provenance import check_base, describe
 from diffedit.request import Action, Kind, Request, make_request
 from diffedit.site import EditSite
-from diffedit.targets import TargetChooser, default_templates, guess_kind
+from diffedit.targets import TargetChooser, default_preserve, default_templates, guess_kind
 
 if TYPE_CHECKING:
     import torch
@@ -60,17 +60,15 @@ class Editor:
         token: str | None = None,
         config: str | None = None,
     ) -> None:
-        names = registry.names("backends") if backend is None else (backend,)
-        classes = [registry.get("backends", name) for name in names]
+        classes = registry.backends() if backend is None else (registry.get("backends", backend),)
         loaded = load_model(model, device=device, dtype=dtype, revision=revision, token=token, config=config)
         accepting = [cls for cls in classes if cls.accepts(loaded.pipeline)]
         if len(accepting) != 1:
+            tried = ", ".join(cls.name for cls in classes)
             raise UnsupportedModelError(
                 "no backend accepts the model" if not accepting else "several backends accept the model",
-                value=f"{type(loaded.pipeline).__name__} from {loaded.source!r}; tried {', '.join(names)}",
-                hint="see `diffedit list`; a plugin can add a model family"
-                if not accepting
-                else "choose one with backend=",
+                value=f"{type(loaded.pipeline).__name__} from {loaded.source!r}; tried {tried}",
+                hint="choose one with backend=" if accepting else "see `diffedit list`; a plugin can add a family",
             )
         self.backend: Backend = accepting[0](loaded)
         self.ledger = Ledger(self.backend)
@@ -100,7 +98,7 @@ class Editor:
         kind: Kind | None = None,
         updater: str | Updater = "quickfix",
         locator: str | Locator = "fixed",
-        preserve: Sequence[str] = (),
+        preserve: Sequence[str] | None = None,
         aliases: Sequence[str] = (),
         templates: Sequence[str] = (),
         seed: int = 0,
@@ -113,7 +111,8 @@ class Editor:
             kind: "object" or "style"; default: a style if the model's vocabulary lists it or the subject says so.
             updater: name or object.
             locator: name or object.
-            preserve: concepts whose outputs must stay.
+            preserve: concepts whose outputs must stay; default: all others that the model's vocabulary lists, if it has
+                one. An empty list preserves nothing.
             aliases: other names of the subject (one subject only).
             templates: prompts around the subject, with one "{}" each; default: a broad set.
             seed: for updaters and locators that draw random numbers.
@@ -127,7 +126,8 @@ class Editor:
         if aliases and len(subjects) > 1:
             raise RequestError("aliases belong to one subject", value=subjects, hint="list them as subjects")
         requests = [
-            self._request(name, "ablate", target, kind, preserve, aliases, templates, seed) for name in subjects
+            self._request(name, "ablate", target, kind, preserve, aliases, templates, seed, subjects)
+            for name in subjects
         ]
         return self.run(requests, updater=updater, locator=locator)
 
@@ -139,13 +139,13 @@ class Editor:
         kind: Kind | None = None,
         updater: str | Updater = "quickfix",
         locator: str | Locator = "fixed",
-        preserve: Sequence[str] = (),
+        preserve: Sequence[str] | None = None,
         aliases: Sequence[str] = (),
         templates: Sequence[str] = (),
         seed: int = 0,
     ) -> Edit:
         """Give a concept another meaning ("flag of X" -> "flag of Y"); arguments as for `ablate`."""
-        request = self._request(subject, "update", target, kind, preserve, aliases, templates, seed)
+        request = self._request(subject, "update", target, kind, preserve, aliases, templates, seed, [subject])
         return self.run([request], updater=updater, locator=locator)
 
     def run(
@@ -211,8 +211,8 @@ class Editor:
             guidance: classifier-free guidance scale; default: the model's own.
             batch_size: pictures sampled together; costs memory, saves time.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        numbers = [seeds] if isinstance(seeds, int) else seeds
+        texts: Any = [prompts] if isinstance(prompts, str) else prompts
+        numbers: Any = [seeds] if isinstance(seeds, int) else seeds
         if not isinstance(texts, Sequence) or not isinstance(numbers, Sequence):
             given = f"{type(prompts).__name__} and {type(seeds).__name__}"
             raise RequestError("prompts and seeds are each one or a list", value=given)
@@ -232,11 +232,10 @@ class Editor:
         steps = sampling.steps if steps is None else steps
         guidance = sampling.guidance if guidance is None else guidance
         for text, number in pairs:
-            if not isinstance(text, str) or not isinstance(number, int):
-                raise RequestError("a picture needs a prompt and a whole number as its seed", value=(text, number))
-        for name, value in (("steps", steps), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise RequestError(f"{name} must be a whole number of at least 1", value=value)
+            _check(text, str, "a prompt is text")
+            _check(number, int, "a seed is a whole number")
+        for value in (steps, batch_size):
+            _check(value, int, "steps and batch size are whole numbers of at least 1", least=1)
         return self.backend.generate(pairs, steps=steps, guidance=guidance, batch_size=batch_size)
 
     def save_pipeline(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -254,13 +253,16 @@ class Editor:
         action: Action,
         target: str | None,
         kind: Kind | None,
-        preserve: Sequence[str],
+        preserve: Sequence[str] | None,
         aliases: Sequence[str],
         templates: Sequence[str],
         seed: int,
+        together: Sequence[str],
     ) -> Request:
         if kind is None and isinstance(subject, str):
             kind, subject = guess_kind(subject, self.vocabulary)
+        if preserve is None:
+            preserve = default_preserve(kind or "object", (*together, subject, *aliases), self.vocabulary)
         return make_request(
             subject=subject,
             action=action,
@@ -290,3 +292,9 @@ class Editor:
         edit.bind(self.ledger)
         self._edits[edit.id] = edit
         return edit
+
+
+def _check(value: Any, kind: type, rule: str, least: int = 0) -> None:
+    fits = isinstance(value, kind)
+    if not fits or (least and value < least):
+        raise RequestError(rule, value=repr(value))

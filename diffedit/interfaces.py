@@ -62,6 +62,7 @@ class Vocabulary:
         objects: names of things.
         styles: names of styles.
         backgrounds: colours that a background may have.
+        categories: object, in lower case -> the general noun that it is filed under.
         nouns: general nouns that may serve as automatic targets.
         templates: prompt templates of objects with one "{}" that the model was trained on, without the final article.
         style_templates: prompt templates of styles with one "{}".
@@ -70,6 +71,7 @@ class Vocabulary:
     objects: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
     backgrounds: tuple[str, ...] = ()
+    categories: Mapping[str, str] = field(default_factory=dict)
     nouns: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     style_templates: tuple[str, ...] = ()
@@ -110,7 +112,11 @@ class Backend(ABC):
 
     @abstractmethod
     def sites(self, *roles: Role) -> tuple[EditSite, ...]:
-        """All edit sites with one of the roles (all roles if none is named), sorted."""
+        """All edit sites with one of the roles (all roles if none is named), sorted.
+
+        A site's path is the name that the family's files use on disk; for a CLIP text encoder it starts with
+        `text_model.`, which is what the adapter files of an edit (LoRA, PEFT) are named by.
+        """
 
     @abstractmethod
     def span(self, prompt: str, subject: str, occurrence: int | None = None) -> SubjectSpan:

@@ -7,11 +7,14 @@ Built-in classes are imported only when they are asked for, so `import diffedit`
 from __future__ import annotations
 
 import importlib
+import logging
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from diffedit.errors import UnknownNameError, nearest
 from diffedit.interfaces import Backend, Locator, Plugin, Updater
+
+logger = logging.getLogger("diffedit")
 
 Kind = Literal["backends", "locators", "updaters"]
 
@@ -49,7 +52,15 @@ def get(kind: Kind, name: str) -> Any:
         raise UnknownNameError(
             f"there is no {kind[:-1]} of that name", value=repr(name), hint=nearest(name, names(kind))
         )
-    found = others[name].load()
+    try:
+        found = others[name].load()
+    except Exception as error:  # a plugin's import may fail in any way; the user needs to know which one it is
+        raise UnknownNameError(
+            f"the {kind[:-1]} {name!r} cannot be loaded",
+            value=others[name].value,
+            cause=f"{type(error).__name__}: {error}",
+            hint="fix or uninstall its package",
+        ) from error
     if not (isinstance(found, type) and issubclass(found, _BASES[kind])):
         raise UnknownNameError(
             f"the entry point {name!r} is not a {kind[:-1]}",
@@ -63,6 +74,17 @@ def get(kind: Kind, name: str) -> Any:
             hint="make the two names equal",
         )
     return found
+
+
+def backends() -> tuple[type[Backend], ...]:
+    """Every backend that can be loaded; a broken plugin is logged and left out, for the model may not be its own."""
+    found = []
+    for name in names("backends"):
+        try:
+            found.append(get("backends", name))
+        except UnknownNameError as error:
+            logger.warning("%s", error)
+    return tuple(found)
 
 
 def build(kind: Literal["locators", "updaters"], given: str | Plugin) -> Any:

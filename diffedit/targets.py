@@ -1,9 +1,9 @@
 """What the user left unsaid: the kind of a subject, the prompts around it, and what takes its place.
 
 A style is dropped: "a picture in the style of X" is to read as "a picture in the style of a picture". An object becomes
-the nearest general noun ("Snoopy" -> "dog"), nearest by cosine in the model's own text encoder. The candidates are the
-model's own general nouns if its vocabulary names some, else a bundled list. The choice and the runner-up are written
-into the edit.
+its category if the model's vocabulary files it under one, else the nearest general noun ("Snoopy" -> "dog"), nearest by
+cosine in the model's own text encoder, among the vocabulary's categories or a bundled list. The choice and its reason
+are written into the edit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cache, cached_property
 from importlib.resources import files
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Vocabulary
 from diffedit.request import OBJECT_TEMPLATES, STYLE_TEMPLATES, Kind, Request
-from diffedit.text import with_article
+from diffedit.text import noun, with_article
 
 STYLE_TARGET = "picture"
 
@@ -51,6 +52,13 @@ def default_templates(kind: Kind, vocabulary: Vocabulary) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*STYLE_TEMPLATES, *vocabulary.style_templates)))
     own = (template.replace("{}", "a {}") for template in vocabulary.templates if template != "{}")
     return tuple(dict.fromkeys((*OBJECT_TEMPLATES, *own)))
+
+
+def default_preserve(kind: Kind, edited: Collection[Any], vocabulary: Vocabulary) -> tuple[str, ...]:
+    """Everything of the same kind that the model is known to know, but for what is being edited."""
+    taken = {noun(name).casefold() for name in edited if isinstance(name, str)}
+    known = vocabulary.styles if kind == "style" else vocabulary.objects
+    return tuple(name for name in known if name.casefold() not in taken)
 
 
 class TargetChooser:
@@ -87,10 +95,13 @@ class TargetChooser:
         """
         if request.kind == "style":
             return STYLE_TARGET, f"a style is dropped: {STYLE_TARGET!r} takes its place"
+        filed = self._backend.model.vocabulary.categories.get(request.subject.casefold())
+        if filed is not None and filed not in avoid:
+            return filed, f"the model's vocabulary files {request.subject!r} under {filed!r}"
         taken = {name.casefold() for name in (*request.names, *request.preserve, *avoid)}
         cosine = self._candidates @ self._encode((request.subject,))[0]
         scored = sorted(
-            (-float(c), noun) for noun, c in zip(self.nouns, cosine, strict=True) if noun.casefold() not in taken
+            (-float(c), word) for word, c in zip(self.nouns, cosine, strict=True) if word.casefold() not in taken
         )
         if not scored:
             raise RequestError(
@@ -104,5 +115,5 @@ class TargetChooser:
     def _encode(self, nouns: tuple[str, ...]) -> Tensor:
         """[n, d] unit vectors of "a dog", "an owl", ..."""
         return torch.nn.functional.normalize(
-            self._backend.features([with_article(noun) for noun in nouns]).double(), dim=1
+            self._backend.features([with_article(word) for word in nouns]).double(), dim=1
         )

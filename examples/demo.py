@@ -28,7 +28,7 @@ from diffedit.cli.editing import PREVIEW_NAME, draw_preview  # noqa: E402
 
 MODEL = "builtin:emoji"
 OBJECT = "dog"
-STYLE = "pixel"
+STYLE = "stencil"
 UPDATE = ("house", "castle")
 
 console = Console(highlight=False)

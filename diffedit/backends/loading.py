@@ -194,12 +194,14 @@ def _read_vocabulary(path: Path) -> tuple[Vocabulary, Sampling]:
         return Vocabulary(), Sampling()
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        nouns, templates = tuple(data.get("categories", ())), data.get("templates", {})
+        filed, templates = data.get("categories", {}), data.get("templates", {})
+        nouns, members = tuple(filed), filed if isinstance(filed, dict) else {}
         scenes = ("a picture", *(with_article(noun) for noun in nouns))
         vocabulary = Vocabulary(
             objects=tuple(data.get("objects", ())),
             styles=tuple(data.get("styles", ())),
             backgrounds=tuple(data.get("backgrounds", ())),
+            categories={name.casefold(): noun for noun, names in members.items() for name in names},
             nouns=nouns,
             templates=tuple(templates.get("object", ())),
             style_templates=tuple(

@@ -69,7 +69,7 @@ def concept_fields(
     return {
         "kind": kind.value if kind else None,
         "aliases": tuple(alias or ()),
-        "preserve": tuple(preserve or ()),
+        "preserve": tuple(preserve) if preserve else None,
         "templates": tuple(template or ()),
         "seed": seed,
     }
@@ -113,8 +113,6 @@ def run(plan: Plan) -> Result:
             edit = editor.update(plan.subjects[0], plan.target, **chosen)
         else:
             edit = editor.ablate(list(plan.subjects), target=plan.target, **chosen)
-        if plan.overwrite:
-            _drop_old_picture(plan.out or Path(edit.manifest.slug()))
         folder = _shortest(edit.save(plan.out, overwrite=plan.overwrite))
     picture = folder / PREVIEW_NAME if plan.preview else None
     if picture:
@@ -190,12 +188,6 @@ def _report(command: str, edit: Edit, folder: Path, picture: Path | None) -> Res
         print_rows(console, rows)
 
     return Result(payload, render)
-
-
-def _drop_old_picture(folder: Path) -> None:
-    """A picture of the edit that is about to be replaced would lie beside the new one."""
-    if (folder / "edit.safetensors").is_file():
-        (folder / PREVIEW_NAME).unlink(missing_ok=True)
 
 
 def _shortest(path: Path) -> Path:

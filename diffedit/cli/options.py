@@ -65,7 +65,11 @@ Alias = Annotated[
 ]
 Preserve = Annotated[
     list[str] | None,
-    typer.Option("--preserve", metavar="CONCEPT", help="A concept that must stay as it is. May be repeated."),
+    typer.Option(
+        "--preserve",
+        metavar="CONCEPT",
+        help="A concept that must stay. May be repeated. Default: all others of the model's vocabulary.",
+    ),
 ]
 Template = Annotated[
     list[str] | None,

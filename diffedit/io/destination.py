@@ -17,6 +17,7 @@ EDIT_FOLDER_FILES = frozenset(
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "before_after.png",
         "pytorch_lora_weights.safetensors",
     }
 )

@@ -116,10 +116,10 @@ class Manifest(_Frozen):
             RequestError: a plugin's settings hold something that JSON cannot.
         """
         try:
-            content = self.model_dump(mode="json", exclude={"edit_id"})
-        except PydanticSerializationError as error:
+            content = canonical_json(self.model_dump(mode="json", exclude={"edit_id"}))
+        except (PydanticSerializationError, TypeError, ValueError) as error:
             raise RequestError("the settings cannot be written as JSON", cause=str(error)) from error
-        return self.model_copy(update={"edit_id": hashlib.sha256(canonical_json(content)).hexdigest()})
+        return self.model_copy(update={"edit_id": hashlib.sha256(content).hexdigest()})
 
     def slug(self) -> str:
         """A folder name: action and subjects, lower case, at most 60 characters."""
@@ -128,16 +128,9 @@ class Manifest(_Frozen):
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys, no white space, no NaN: one text per value.
-
-    Raises:
-        RequestError: the value holds NaN, infinity, an unpaired surrogate or something that is not JSON.
-    """
-    try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return text.encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise RequestError("a value cannot be written as JSON", cause=str(error)) from error
+    """UTF-8 JSON with sorted keys, no white space, no NaN: one text per value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
 
 
 def diagnostics_dict(diagnostics: Diagnostics | None) -> dict[str, float] | None:

@@ -25,6 +25,7 @@ from diffedit.site import EditSite, Location, Role
 from diffedit.updaters.values import KeyValues, PairWeights, ValueKind, key_values
 
 FLOAT32_TOL = 1e-7
+EOS_WEIGHT = 0.1
 
 
 class QuickFix(Updater):
@@ -34,7 +35,9 @@ class QuickFix(Updater):
         lam: larger keeps the old weights and weakens the edit; keys of norm well above sqrt(lam) are fitted exactly.
         values: `stream` also cancels the source word's embedding after the layer, `module` leaves it (the paper).
         subject_weight: weight of the pairs that the location's token rule selects.
-        eos_weight: weight of the end-of-text pair; closes a leak through attention but disturbs other concepts.
+        eos_weight: weight of the end-of-text pair. It closes a leak (that position reads the subject's embedding by
+            itself, before the edit) but every prompt ends there, so it disturbs others unless they are preserved. Left
+            out: 0.1 for objects if others are preserved, else 0.
         padding_weight: weight of each padding pair; strong, and the first cause of collateral damage.
         preserve_weight: weight of each preserve key; larger holds them stiller at the cost of the edit.
     """
@@ -46,15 +49,19 @@ class QuickFix(Updater):
     lam: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     values: ValueKind = "stream"
     subject_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    eos_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    eos_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     padding_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    preserve_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    preserve_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
 
     _keep_bias: ClassVar[bool] = False
 
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:
         """One joint solve of all requests at each site of the location."""
-        weights = PairWeights(self.subject_weight, self.eos_weight, self.padding_weight)
+        eos_weight = self.eos_weight
+        if eos_weight is None:
+            held = all(request.preserve and request.kind == "object" for request in requests)
+            eos_weight = EOS_WEIGHT if held else 0.0
+        weights = PairWeights(self.subject_weight, eos_weight, self.padding_weight)
         pairs = key_values(
             backend,
             [self._prepared(request) for request in requests],
@@ -80,7 +87,7 @@ class QuickFix(Updater):
             lam=self.lam,
             weights=data.weights,
             preserve=data.preserve,
-            preserve_weights=torch.full_like(data.preserve[:, 0], self.preserve_weight),
+            preserve_weights=self.preserve_weight * data.preserve_weights,
         )
         change = LowRank(solution.up, solution.down).compress(FLOAT32_TOL)
         norm = float(torch.linalg.vector_norm(backend.weight(site).detach(), dtype=torch.float64))
@@ -102,7 +109,7 @@ class QuickFixPublished(QuickFix):
     reference = "Basu et al. 2023, arXiv 2310.13730, as released (use_eos = 1, reg = 0.01)"
 
     values: ValueKind = "module"
-    eos_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    eos_weight: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
     padding_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
     _keep_bias: ClassVar[bool] = True

@@ -57,6 +57,7 @@ class KeyValues:
         current: [n, d_out], present outputs without bias: keys @ W^T.
         weights: [n].
         preserve: [m, d_in], keys whose outputs must stay.
+        preserve_weights: [m], by the kind of token, as for the pairs.
         prompts: the source prompt of each pair.
     """
 
@@ -65,6 +66,7 @@ class KeyValues:
     current: Tensor
     weights: Tensor
     preserve: Tensor
+    preserve_weights: Tensor
     prompts: tuple[str, ...]
 
 
@@ -106,6 +108,7 @@ def key_values(
     prompts: list[str] = []
     spans: list[SubjectSpan] = []
     kept: list[int] = []
+    held: set[str] = set()
 
     def add(prompt: str, phrase: str, start: int) -> int:
         starts = [a for a, _ in find(prompt, phrase)]
@@ -126,7 +129,10 @@ def key_values(
             for (prompt, at), target in zip(request.render(name), targets, strict=True):
                 couples.append((add(prompt, name, at), target))
         for phrase in request.preserve:
-            kept += [add(prompt, phrase, at) for prompt, at in request.render(phrase)]
+            for prompt, at in request.render(phrase):
+                if prompt not in held:
+                    held.add(prompt)
+                    kept.append(add(prompt, phrase, at))
 
     seen = backend.capture(prompts, sites, padded=weights.padding > 0)
     length = seen.tokens.shape[1]
@@ -136,7 +142,8 @@ def key_values(
             "no token pairs are left", cause="every pair weight is 0", hint="give the subject tokens a weight"
         )
     return {
-        site: _at_site(backend, site, seen, pairs, _kept(kept, spans, rule), prompts, kind, keep_bias) for site in sites
+        site: _at_site(backend, site, seen, pairs, _kept(kept, spans, rule, weights, length), prompts, kind, keep_bias)
+        for site in sites
     }
 
 
@@ -155,8 +162,20 @@ def _pairs(
             yield _Pair(s, t, source.eos + step, min(target.eos + step, length - 1), weights.padding)
 
 
-def _kept(kept: Sequence[int], spans: Sequence[SubjectSpan], rule: TokenRule) -> list[tuple[int, int]]:
-    return [(row, position) for row in kept for position in spans[row].positions(rule)]
+def _kept(
+    rows: Sequence[int], spans: Sequence[SubjectSpan], rule: TokenRule, weights: PairWeights, length: int
+) -> list[tuple[int, int, float]]:
+    """(prompt, position, weight) of every preserve key: each kind of token that is edited is also held still."""
+    out: list[tuple[int, int, float]] = []
+    for row in rows:
+        span = spans[row]
+        if weights.subject > 0:
+            out += [(row, position, weights.subject) for position in span.positions(rule)]
+        if weights.eos > 0 and rule is not TokenRule.EOS:
+            out.append((row, span.eos, weights.eos))
+        if weights.padding > 0:
+            out += [(row, position, weights.padding) for position in range(span.eos + 1, length)]
+    return out
 
 
 def _at_site(
@@ -164,7 +183,7 @@ def _at_site(
     site: EditSite,
     seen: Activations,
     pairs: Sequence[_Pair],
-    kept: Sequence[tuple[int, int]],
+    kept: Sequence[tuple[int, int, float]],
     prompts: Sequence[str],
     kind: ValueKind,
     keep_bias: bool,
@@ -187,10 +206,11 @@ def _at_site(
     if kind == "stream":
         values = values + (streams[t, j] - streams[s, i])
     current = keys @ weight.T
-    preserve = torch.stack([inputs[row, position] for row, position in kept]) if kept else keys[:0]
+    preserve = torch.stack([inputs[row, position] for row, position, _ in kept]) if kept else keys[:0]
+    stillness = torch.tensor([weight for *_, weight in kept], dtype=torch.float64, device=inputs.device)
     scale = torch.tensor([p.weight for p in pairs], dtype=torch.float64, device=inputs.device)
     names = tuple(prompts[p.source] for p in pairs)
-    result = KeyValues(keys, values, current, scale, preserve, names)
+    result = KeyValues(keys, values, current, scale, preserve, stillness, names)
     _check_change(site, result)
     _check_contradiction(result)
     return result

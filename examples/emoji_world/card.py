@@ -40,6 +40,7 @@ def percent(value: float) -> str:
 def gate_section(gate: dict[str, Any]) -> str:
     """Tables of what was measured."""
     low, high = gate["seeds"]
+    verdict = {kind: "reached" if gate[kind] >= 0.85 else "missed" for kind in ("object", "style")}
     lines = [
         "## Quality gate",
         "",
@@ -47,6 +48,8 @@ def gate_section(gate: dict[str, Any]) -> str:
         f"{gate['steps']} DDIM steps, guidance {gate['guidance']}, mixed templates, every second prompt with a "
         "background. The judge is a small convnet that shares nothing with this model "
         "(`examples/emoji_world/classifier.py`).",
+        "",
+        f"The gate is 85% for both: object {verdict['object']}, style {verdict['style']}.",
         "",
         "| asked for | shown | n |",
         "|---|---|---|",
@@ -142,6 +145,8 @@ LIMITS = """## Limits
 - A closed world: one object, centred, one of the listed words. No counts, relations or free text.
 - Each object has exactly one drawing in each style: variety comes from style, background and position only.
 - Small details (faces, strings, spokes) are soft: the autoencoder compresses 24 times.
+- Greens are the weakest colour of the autoencoder: a green drawing can come out dark blue or brown (pine tree).
+- The three full-colour styles (twemoji, fluent, pixel) are the ones mistaken for each other, see the table.
 - Results on it show how an editing method behaves, not how good pictures of a large model will be.
 
 """

@@ -131,7 +131,7 @@ def clip_loss(
             text_vectors(clip, ids)
             for ids in (
                 shortened(tokenizer, [c.text for c in captions]),
-                shortened(tokenizer, sum((k for k, _ in kinds), [])),
+                shortened(tokenizer, [text for texts, _ in kinds for text in texts]),
             )
         ]
     )

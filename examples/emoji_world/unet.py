@@ -216,7 +216,7 @@ def train_unet(
         minutes=minutes,
         rate=rate,
         warmup=200,
-        average=0.999,
+        average=0.995,
         report=report,
         report_every=500,
     )

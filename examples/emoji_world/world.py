@@ -13,7 +13,7 @@ from typing import Any
 
 PIXELS = 64
 ICON_PIXELS = 56
-GUIDANCE = 3.5
+GUIDANCE = 5.0
 STEPS = 25
 DRAWN = 600  # drawings on which the accuracy of the judges themselves is measured
 MAX_TOKENS = 32

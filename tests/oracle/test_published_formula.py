@@ -87,7 +87,7 @@ def test_quickfix_published_pairs_every_later_position_and_counts_the_bias_twice
 
 @pytest.mark.parametrize("lam", [1e-4, 1.0])
 def test_weights_of_token_kinds_and_preserve_keys(sd1, layer, lam):
-    """D = R^T S K (lam I + K^T S K + p Q^T Q)^-1 with an end-of-text pair of weight 0.5 and two preserved concepts."""
+    """D = R^T S K (lam I + K^T S K + Q^T P Q)^-1; preserve keys weigh as the pairs of their kind, times 3."""
     request = make_request(subject="dog", target="cat", preserve=["fox", "owl"], templates=["a {}", "the {}"])
     (x, _, ends), (_, y, goals) = (run(sd1, layer, [p for p, _ in request.render(n)]) for n in ("dog", "cat"))
     weight, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
@@ -99,8 +99,8 @@ def test_weights_of_token_kinds_and_preserve_keys(sd1, layer, lam):
             scale.append(s)
     keys, values, s = np.array(keys), np.array(values), np.diag(scale)
     kept = [run(sd1, layer, [p for p, _ in request.render(n)]) for n in request.preserve]
-    q = np.array([x[i, ends[i] - 1] for x, _, ends in kept for i in range(2)])
-    gram = lam * np.eye(len(weight)) + keys.T @ s @ keys + 3.0 * q.T @ q
+    q, e = (np.array([x[i, ends[i] - back] for x, _, ends in kept for i in range(2)]) for back in (1, 0))
+    gram = lam * np.eye(len(weight)) + keys.T @ s @ keys + 3.0 * (2.0 * q.T @ q + 0.5 * e.T @ e)
     wanted = (values - keys @ weight.T).T @ s @ keys @ np.linalg.inv(gram)
     updater = QuickFix(lam=lam, values="module", subject_weight=2.0, eos_weight=0.5, preserve_weight=3.0)
     assert np.linalg.norm(solved(sd1, updater, request) - wanted) <= 1e-5 * np.linalg.norm(wanted)

@@ -60,7 +60,7 @@ REQUESTS = {
     "empty target": (lambda e: e.ablate("dog", target=" "), EmptySubjectError, "the target is empty: ' '"),
     "its own target": (lambda e: e.update("dog", "the Dog"), ContradictionError, "the target is the subject: 'Dog'"),
     "blank preserve": (lambda e: e.ablate("dog", preserve=[""]), EmptySubjectError, "the preserve entry is empty"),
-    "preserve none": (lambda e: e.ablate("dog", preserve=None), RequestError, "preserve must be a list of names: None"),
+    "preserve a number": (lambda e: e.ablate("dog", preserve=5), RequestError, "preserve must be a list of names: 5"),
     "preserve text": (lambda e: e.ablate("dog", preserve="fox"), RequestError, "a list of names: 'fox'"),
     "preserve a subject": (
         lambda e: e.ablate(["dog", "fox"], target="cat", preserve=["fox"]),
@@ -73,7 +73,6 @@ REQUESTS = {
         "preserve must be a list",
     ),
     "templates as text": (lambda e: e.ablate("dog", templates="a {}"), RequestError, "templates is not valid: 'a {}'"),
-    "style templates none": (lambda e: e.ablate("old style", templates=None), RequestError, "templates is not valid"),
     "aliases of many": (lambda e: e.ablate(["dog", "fox"], aliases=["pup"]), RequestError, "one subject"),
     "template without a place": (lambda e: e.ablate("dog", templates=["a photo"]), RequestError, "'a photo'"),
     "template that glues": (
