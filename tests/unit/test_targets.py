@@ -1,0 +1,72 @@
+"""What is filled in when the user says little: kinds, templates, what to preserve, when the end of text is paired."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffedit import Editor
+from diffedit.interfaces import LoadedModel, Vocabulary
+from diffedit.targets import TargetChooser, default_preserve, default_templates, guess_kind
+
+KNOWN = Vocabulary(
+    objects=("dog", "fox", "Oak tree"),
+    styles=("pixel", "sepia"),
+    categories={"dog": "animal", "fox": "animal"},
+    nouns=("animal", "plant"),
+    templates=("{}", "a sketch of {}"),
+    style_templates=("an animal, {} style",),
+)
+
+
+@pytest.mark.parametrize(
+    ("subject", "expected"),
+    [
+        ("in the style of Monet", ("style", "Monet")),
+        ("Monet style", ("style", "Monet")),
+        ("Pixel", ("style", "Pixel")),
+        ("dog", ("object", "dog")),
+        (" style", ("object", " style")),
+    ],
+)
+def test_a_style_is_known_by_its_words_or_by_the_vocabulary(subject, expected):
+    assert guess_kind(subject, KNOWN) == expected
+
+
+def test_everything_else_of_the_same_kind_is_preserved():
+    assert default_preserve("object", ["a Dog"], KNOWN) == ("fox", "Oak tree")
+    assert default_preserve("style", ["pixel"], KNOWN) == ("sepia",)
+    assert default_preserve("object", ["dog"], Vocabulary()) == ()
+
+
+def test_the_vocabulary_adds_its_own_templates():
+    assert default_templates("object", KNOWN)[-1] == "a sketch of a {}"
+    assert default_templates("style", KNOWN)[-1] == "an animal, {} style"
+    assert "a sketch of a {}" not in default_templates("object", Vocabulary())
+
+
+def with_vocabulary(pipeline):
+    editor = Editor(pipeline)
+    loaded = editor.backend.model
+    editor.backend.model = LoadedModel(loaded.pipeline, loaded.source, vocabulary=KNOWN)
+    editor._chooser = TargetChooser(editor.backend)
+    return editor
+
+
+def test_a_filed_object_becomes_its_category(sd1):
+    edit = with_vocabulary(sd1).ablate("dog")
+    assert edit.requests[0].target == "animal"
+    assert "files 'dog' under 'animal'" in edit.manifest.target_reasons[0]
+    assert edit.requests[0].preserve == ("fox", "Oak tree")
+
+
+def test_the_end_of_text_is_paired_only_for_objects_beside_preserved_ones(sd1):
+    editor = with_vocabulary(sd1)
+
+    def pairs(**arguments):
+        edit = editor.ablate(**arguments)
+        editor.revert()
+        return edit.delta.diagnostics[edit.delta.sites[0]].pairs / len(edit.requests[0].templates)
+
+    assert pairs(subject="dog") == 2
+    assert pairs(subject="dog", target="cat", preserve=[]) == 1
+    assert pairs(subject="pixel", target="cat") == 1
