@@ -45,9 +45,10 @@ def test_an_ablated_object_is_gone_and_the_others_stay(editor, scorer):
 
     assert before >= 0.5  # control: the judge sees dogs where there are dogs (see its README for its own error rate)
     assert after <= before / 4
-    assert sum(kept_after) >= 0.9 * sum(kept_before)
+    # 36 pictures and a judge that misses many of them: this catches wreckage, the benchmark measures the drop.
+    assert sum(kept_after) >= 0.8 * sum(kept_before)
     assert edit.requests[0].target in editor.vocabulary.nouns
-    assert "cosine" in edit.manifest.target_reasons[0]
+    assert "files 'dog' under" in edit.manifest.target_reasons[0]
 
 
 def test_reverting_gives_the_same_pictures_and_the_same_bits(editor):
