@@ -14,7 +14,7 @@ from .augment import Copies
 from .vae import load_vae
 from .world import OBJECTS, STYLES, compose
 
-STAGES: dict[str, float] = {"vae": 35, "clip": 40, "scorer": 14, "classifier": 5, "unet": 45}  # minutes on two cores
+STAGES: dict[str, float] = {"vae": 35, "clip": 40, "scorer": 27, "classifier": 5, "unet": 75}  # minutes on two cores
 
 
 def train(work: Path, stages: list[str], minutes: float | None, workers: int) -> None:

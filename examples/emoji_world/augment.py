@@ -15,6 +15,8 @@ from .common import to_uint8
 from .pictures import JITTER, Pictures
 from .world import BACKGROUNDS, OBJECTS, STYLES
 
+NOISE = 0.5  # most noise on the latents of a copy, whose own spread is 1: a denoiser's pictures are softer than drawings
+
 
 def blur(pictures: torch.Tensor, kernel: int) -> torch.Tensor:
     """Box blur with edge padding."""
@@ -43,7 +45,7 @@ class Copies:
                     for style in range(len(STYLES))
                     for ground in range(len(BACKGROUNDS))
                 ]
-                parts.append(to_uint8(autoencoded(vae, torch.stack(drawn), 0.2 * rng.random())))
+                parts.append(to_uint8(autoencoded(vae, torch.stack(drawn), NOISE * rng.random())))
             np.save(path, np.concatenate(parts))
         stored = torch.from_numpy(np.load(path)).permute(0, 3, 1, 2)
         self.pictures = stored.view(len(OBJECTS), len(STYLES), len(BACKGROUNDS), *stored.shape[1:])
@@ -55,16 +57,16 @@ class Copies:
 
 @torch.no_grad()
 def augmented(pictures: torch.Tensor, rng: Random, copies: torch.Tensor | None = None) -> torch.Tensor:
-    """Replace a third by its autoencoder copies, disturb parts in different ways, change all colours a little."""
+    """Replace half by its autoencoder copies, disturb parts in different ways, change all colours a little."""
     pictures = pictures.clone()
     size = len(pictures)
     order = torch.tensor(rng.sample(range(size), size))
     if copies is not None:
-        chosen = order[: size // 3]
+        chosen = order[: size // 2]
         pictures[chosen] = copies[chosen]
     order = order.roll(size // 4)
     softened = order[: size // 4]
-    pictures[softened] = blur(pictures[softened], 3)
+    pictures[softened] = blur(pictures[softened], rng.choice((3, 3, 5)))
     small = order[size // 4 : size // 3]
     halved = interpolate(pictures[small], size=32, mode="area")
     pictures[small] = interpolate(halved, size=pictures.shape[-1], mode="bilinear")

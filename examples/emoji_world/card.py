@@ -69,12 +69,12 @@ def gate_section(gate: dict[str, Any]) -> str:
     for word, members in CATEGORIES.items():
         row = groups[word]
         lines.append(f"| {word} | {percent(row['right'])} | {row['different']} of {len(members)} | {row['n']} |")
-    worst = ", ".join(f"{row['object']} {percent(row['right'])}" for row in gate["worst_objects"])
+    worst = ", ".join(f"{row['object']} {percent(row['right'])}" for row in gate["worst_objects"] if row["right"] < 1)
     mixed = ", ".join(f"{pair} ({count})" for pair, count in gate["confusions"].items())
     copy = gate["autoencoder"]
     lines += [
         "",
-        f"Worst objects (n = {gate['worst_objects'][0]['n']} each): {worst}.",
+        f"Worst objects (n = {gate['worst_objects'][0]['n']} each): {worst or 'all 100%'}.",
         "",
         f"Most frequent confusions: {mixed or 'none'}.",
         "",
@@ -134,8 +134,8 @@ Half-precision safetensors, 12M parameters. Load it in single precision (the def
 ## Data and training
 
 Freely licensed emoji drawings, composited on a plain background with a shift of at most 3 pixels. Captions name the
-object (85%), its category (10%) or neither (5%), the style in 60% and the background in 40% of the pictures; 10%
-are empty. What a caption leaves out may be anything. Trained from nothing on two CPU cores;
+object (85%), its category (10%) or neither (5%), the style in 75% (60% in the first 3,250 steps) and the background in
+40% of the pictures; 10% are empty. What a caption leaves out may be anything. Trained from nothing on two CPU cores;
 `examples/emoji_world/README.md` gives the commands that rebuild it.
 
 """
@@ -146,7 +146,7 @@ LIMITS = """## Limits
 - Each object has exactly one drawing in each style: variety comes from style, background and position only.
 - Small details (faces, strings, spokes) are soft: the autoencoder compresses 24 times.
 - Greens are the weakest colour of the autoencoder: a green drawing can come out dark blue or brown (pine tree).
-- The three full-colour styles (twemoji, fluent, pixel) are the ones mistaken for each other, see the table.
+- The three full-colour styles (twemoji, fluent, pixel) are the ones that are mistaken for each other, if any are.
 - Results on it show how an editing method behaves, not how good pictures of a large model will be.
 
 """

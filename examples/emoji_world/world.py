@@ -117,7 +117,7 @@ def random_caption(rng: Random, name: str, style: str, background: str, empty: f
         subject = None
     elif kind < 0.15 and category is not None:
         subject = category
-    says_style, says_background = rng.random() < 0.6, rng.random() < 0.4
+    says_style, says_background = rng.random() < 0.75, rng.random() < 0.4
     return compose(
         subject,
         rng.randrange(30),
