@@ -20,6 +20,9 @@ from diffedit._version import __version__
 _PUBLIC = {
     "Activations": "diffedit.interfaces",
     "Backend": "diffedit.interfaces",
+    "CausalTrace": "diffedit.tracing.result",
+    "CausalTracing": "diffedit.locators.causal_trace",
+    "Conflict": "diffedit.algebra",
     "Delta": "diffedit.delta",
     "Diagnostics": "diffedit.delta",
     "DiffEditError": "diffedit.errors",
@@ -31,13 +34,20 @@ _PUBLIC = {
     "Location": "diffedit.site",
     "Locator": "diffedit.interfaces",
     "LowRank": "diffedit.delta",
+    "Measure": "diffedit.traceable",
+    "ModelDiff": "diffedit.audit.records",
     "QuickFix": "diffedit.updaters.closed_form",
     "QuickFixPublished": "diffedit.updaters.closed_form",
     "Request": "diffedit.request",
     "Role": "diffedit.site",
     "SubjectSpan": "diffedit.site",
     "TokenRule": "diffedit.site",
+    "Traceable": "diffedit.traceable",
     "Updater": "diffedit.interfaces",
+    "Verification": "diffedit.audit.verify",
+    "compose": "diffedit.edit",
+    "diff": "diffedit.audit.diff",
+    "verify": "diffedit.audit.verify",
 }
 
 __all__ = ["__version__", *_PUBLIC]

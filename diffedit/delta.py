@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import NonFiniteError, RequestError
+from diffedit.pairs import Pairs
 from diffedit.site import EditSite
 
 
@@ -33,6 +34,39 @@ class LowRank:
         if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
             shapes = f"{tuple(self.up.shape)} and {tuple(self.down.shape)}"
             raise RequestError("factors do not multiply", value=shapes, hint="up is [d_out, r], down is [r, d_in]")
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncation:
+        """The best approximation of a dense change by one of low rank: truncated SVD in float64, factors balanced.
+
+        Args:
+            matrix: [d_out, d_in], for example what a fine-tuning made of a weight minus the weight.
+            rank: keep this many singular values; beyond the number there are, all are kept.
+            energy: or keep the fewest that hold this share of the sum of their squares, in (0, 1].
+
+        Returns:
+            The factors (float64), the relative error and the share of energy kept.
+
+        Raises:
+            RequestError: no matrix, or not exactly one of `rank` and `energy`, or one out of range.
+            NonFiniteError: NaN or infinity in the matrix.
+        """
+        if matrix.ndim != 2 or 0 in matrix.shape:
+            raise RequestError("a change of a weight is a matrix", value=tuple(matrix.shape))
+        if (rank is None) == (energy is None):
+            raise RequestError("give either a rank or an energy", value=f"rank={rank}, energy={energy}")
+        if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+            raise RequestError("rank is at least 1, energy in (0, 1]", value=f"rank={rank}, energy={energy}")
+        if not bool(torch.isfinite(matrix).all()):
+            raise NonFiniteError("the change is not finite", value=f"{int((~torch.isfinite(matrix)).sum())} numbers")
+        left, sigma, right = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
+        tails = torch.cat([sigma.square().flip(0).cumsum(0).flip(0), sigma.new_zeros(1)])  # tails[r]: lost at rank r
+        total = float(tails[0])
+        keep = rank if energy is None else int((tails > (1 - energy) * tails[0]).sum())
+        keep = min(max(keep or 1, 1), sigma.numel())
+        root = sigma[:keep].sqrt()
+        lost = float(tails[keep]) / total if total else 0.0
+        return Truncation(cls(left[:, :keep] * root, root[:, None] * right[:keep]), lost**0.5, 1.0 - lost)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,6 +123,21 @@ class LowRank:
             raise NonFiniteError(f"the change of {name} is not finite", value=f"{bad} numbers")
 
 
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """What `LowRank.from_dense` kept of a dense change D.
+
+    Attributes:
+        low_rank: the factors of the approximation A.
+        error: |D - A| / |D|, Frobenius norm: the root of the dropped share of the squared singular values.
+        energy: the kept share, 1 - error ** 2.
+    """
+
+    low_rank: LowRank
+    error: float
+    energy: float
+
+
 @dataclass(frozen=True)
 class Diagnostics:
     """What the solve of one site reported; see `linalg.solve.RidgeSolution` for the meaning of each number.
@@ -112,10 +161,12 @@ class Delta:
     Attributes:
         factors: one `LowRank` per edit site, in the sites' order.
         diagnostics: what the solve said, per site; empty for deltas that no solve produced (sums, loaded files).
+        pairs: what the solve started from, per site; empty if the updater keeps none. With them edits compose exactly.
     """
 
     factors: Mapping[EditSite, LowRank]
     diagnostics: Mapping[EditSite, Diagnostics] = field(default_factory=dict)
+    pairs: Mapping[EditSite, Pairs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for site, factor in self.factors.items():
@@ -126,6 +177,7 @@ class Delta:
         ordered = {site: self.factors[site] for site in sorted(self.factors)}
         object.__setattr__(self, "factors", MappingProxyType(ordered))
         object.__setattr__(self, "diagnostics", MappingProxyType(dict(self.diagnostics)))
+        object.__setattr__(self, "pairs", MappingProxyType(dict(self.pairs)))
 
     @property
     def sites(self) -> tuple[EditSite, ...]:
@@ -149,12 +201,12 @@ class Delta:
     __rmul__ = __mul__
 
     def compress(self, tol: float = 1e-12) -> Delta:
-        """`LowRank.compress` at every site, diagnostics kept."""
-        return Delta({site: change.compress(tol) for site, change in self}, self.diagnostics)
+        """`LowRank.compress` at every site, diagnostics and pairs kept."""
+        return Delta({site: change.compress(tol) for site, change in self}, self.diagnostics, self.pairs)
 
     def to(self, dtype: torch.dtype) -> Delta:
-        """Every factor cast to `dtype`, diagnostics kept."""
-        return Delta({site: change.to(dtype) for site, change in self}, self.diagnostics)
+        """Every factor cast to `dtype`, diagnostics and pairs kept."""
+        return Delta({site: change.to(dtype) for site, change in self}, self.diagnostics, self.pairs)
 
     @property
     def nbytes(self) -> int:

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from diffedit import algebra
+from diffedit.algebra import Conflict
 from diffedit.delta import Delta
-from diffedit.errors import NotAppliedError, StorageError
+from diffedit.errors import NotAppliedError, RequestError, StorageError
+from diffedit.io.adapters import Exported, export_adapters
 from diffedit.io.card import model_card
 from diffedit.io.files import delta_to_tensors, encode_edit, read_edit, tensors_to_delta
 from diffedit.io.folder import write_folder
+from diffedit.io.hub import pull
+from diffedit.io.hub_calls import Patience
+from diffedit.io.hub_push import Pushed, push
 from diffedit.io.lora import kohya_file, peft_files
 from diffedit.io.manifest import Manifest
+from diffedit.io.names import hub_id
+from diffedit.io.pairs import PAIRS_FILE, pairs_file, read_pairs
 from diffedit.request import Request
 
 if TYPE_CHECKING:
@@ -35,11 +46,15 @@ class Edit:
     Args:
         manifest: everything about it but the numbers.
         delta: the change, float32 factors.
+
+    Attributes:
+        origin: where on the Hub it was pulled from or pushed to last, "user/name@commit"; no part of its identity.
     """
 
     def __init__(self, manifest: Manifest, delta: Delta) -> None:
         self.manifest = manifest
         self.delta = delta
+        self.origin: str | None = None
         self._ledger: Ledger | None = None
 
     @property
@@ -56,6 +71,12 @@ class Edit:
     def applied(self) -> bool:
         """Whether the edit is in the model of the editor that made or loaded it."""
         return self._ledger is not None and self.id in self._ledger.active
+
+    def copy(self) -> Edit:
+        """The same edit, in no model."""
+        other = Edit(self.manifest, self.delta)
+        other.origin = self.origin
+        return other
 
     def bind(self, ledger: Ledger) -> None:
         """Tie the edit to the ledger of the model it is in; editors call this."""
@@ -91,6 +112,19 @@ class Edit:
         logger.info("saved %s to %s", self, saved)
         return saved
 
+    def export(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Exported:
+        """Write the adapters alone (kohya's and PEFT's) as a new folder, or as one `.safetensors` file of kohya's.
+
+        Args:
+            path: what to make; it must not be there yet.
+            dtype: float32, float16 or bfloat16; the result and the card say what the rounding costs.
+
+        Raises:
+            SwallowedError, NonFiniteError: `dtype` cannot hold the change.
+            OutputExistsError, StorageError: see `save`.
+        """
+        return export_adapters(self.delta, self.manifest, Path(os.path.expanduser(path)), dtype)
+
     def files(self) -> dict[str, bytes]:
         """The folder's files in memory, by name; the same edit gives the same bytes."""
         out = {
@@ -98,6 +132,8 @@ class Edit:
             LORA_FILE: kohya_file(self.delta, self.manifest),
             **peft_files(self.delta, self.manifest),
         }
+        if self.delta.pairs:
+            out[PAIRS_FILE] = pairs_file(self.delta.pairs, self.manifest)
         sizes = {name: len(data) for name, data in out.items()}
         return {**out, "README.md": model_card(self.manifest, sizes).encode("utf-8")}
 
@@ -110,8 +146,120 @@ class Edit:
         """
         if not isinstance(path, str | os.PathLike):
             raise StorageError("an edit is loaded from a path", value=type(path).__name__, hint="name its folder")
-        manifest, tensors = read_edit(Path(os.path.expanduser(path)))
-        return cls(manifest, tensors_to_delta(manifest, tensors))
+        where = Path(os.path.expanduser(path))
+        manifest, tensors = read_edit(where)
+        delta = tensors_to_delta(manifest, tensors)
+        pairs = read_pairs(where if where.is_dir() else where.parent, manifest)
+        return cls(manifest, Delta(delta.factors, {}, pairs))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        deadline: float = 120.0,
+    ) -> Edit:
+        """Load an edit from a folder or from the Hub; every byte is checked.
+
+        Args:
+            repo_or_path: a path that exists, else "user/name" or "user/name@commit" on the Hub.
+            revision: branch, tag or commit; default: the main branch. `origin` says which commit it was.
+            token: default: that of huggingface_hub.
+            cache_dir: default: that of huggingface_hub.
+            local_files_only: take what the cache holds, as `HF_HUB_OFFLINE=1` does.
+            deadline: seconds that the Hub may take.
+
+        Raises:
+            HubError, ArtifactError: it cannot be had, or is not an edit, or damaged.
+        """
+        if not isinstance(repo_or_path, str | os.PathLike):
+            return cls.load(repo_or_path)  # which says what it takes
+        if os.path.exists(os.path.expanduser(repo_or_path)):
+            if revision is not None:
+                raise RequestError("a folder has no revisions", value=revision, hint="leave revision out")
+            return cls.load(repo_or_path)
+        if hub_id(str(repo_or_path).partition("@")[0]) is None:
+            return cls.load(repo_or_path)  # which says that there is no such folder
+        pulled = pull(
+            str(repo_or_path),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            patience=Patience(deadline),
+        )
+        edit = cls.load(pulled.folder)
+        edit.origin = pulled.origin
+        return edit
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        deadline: float = 120.0,
+    ) -> Pushed:
+        """Bring the edit to the Hub as one commit; where the Hub has it already, nothing is sent.
+
+        Args:
+            repo_id: "user/name"; made if it is missing.
+            private: make it private, and refuse one that is public; if false make it public, or use it as it is.
+            revision: branch to push to, made if it is missing; default: the main branch.
+            create_pr: open a pull request instead of committing.
+            token: default: that of huggingface_hub.
+            deadline: seconds that the Hub may take.
+
+        Raises:
+            HubError: it is not on the Hub, or that is not known. Pushing again never commits twice.
+        """
+        pushed = push(
+            self.files(),
+            repo_id,
+            title=f"{self.manifest.slug()} ({self.id[:12]})",
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            patience=Patience(deadline),
+        )
+        self.origin = f"{pushed.repo_id}@{pushed.commit}"
+        return pushed
+
+    def without(self, *subjects: str) -> Edit:
+        """The edit that would have been made without these subjects; exact, and needs no model.
+
+        Raises:
+            RequestError: it has no such subject, or nothing would be left.
+            NotComposableError: the edit has no pairs.
+        """
+        return Edit(*algebra.without((self.manifest, self.delta), subjects))
+
+    def __mul__(self, factor: float) -> Edit:
+        """The edit made stronger or weaker: 0.5 is half of it, -1 its opposite."""
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        return Edit(*algebra.scale((self.manifest, self.delta), float(factor)))
+
+    __rmul__ = __mul__
+
+    def conflicts(self, other: Edit, *, threshold: float = 0.1) -> tuple[Conflict, ...]:
+        """How two edits would get into each other's way in one model, worst first; empty if they do not.
+
+        Args:
+            other: made for the same base.
+            threshold: least interference to report: |D k| / |r|, one edit's effect on the other's keys.
+
+        Raises:
+            BaseMismatchError: they were made for different models.
+        """
+        return algebra.conflicts((self.manifest, self.delta), (other.manifest, other.delta), threshold)
 
     def summary(self) -> str:
         """A few lines for a person: what became what, where, how large."""
@@ -121,7 +269,11 @@ class Edit:
         ]
         lines += [
             f"  {site.component}.{site.path}: rank {site.rank}, relative norm {site.relative_norm:.3f}, "
-            f"{site.achieved:.1%} of the change kept in {site.dtype}"
+            + (
+                f"{site.achieved:.1%} of the change kept in {site.dtype}"
+                if site.achieved is not None
+                else "not applied yet"
+            )
             for site in self.manifest.sites
         ]
         return "\n".join(lines)
@@ -129,3 +281,23 @@ class Edit:
     def __repr__(self) -> str:
         subjects = ", ".join(f"{request.subject!r} -> {request.target!r}" for request in self.requests)
         return f"Edit({self.requests[0].action} {subjects}, id={self.id[:12]})"
+
+
+def compose(edits: Sequence[Edit]) -> Edit:
+    """One edit that does what all of them ask, as if they had been solved together; exact, and needs no model.
+
+    The order does not matter. Adding the changes instead, as applying several edits to one model does, lets each
+    disturb the others a little.
+
+    Args:
+        edits: made for the same base, at the same sites, by the same updater and settings.
+
+    Raises:
+        RequestError: no edits, or a subject in two of them.
+        BaseMismatchError: they were made for different models.
+        NotComposableError: they have no common solve, or one came without its pairs.
+        ContradictionError: they ask one key for different values.
+    """
+    if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
+        raise RequestError("compose takes a list of edits", value=type(edits).__name__, hint="write compose([a, b])")
+    return Edit(*algebra.compose([(edit.manifest, edit.delta) for edit in edits]))

@@ -9,8 +9,8 @@ keeps them from disturbing each other: prefer one `ablate([...])` to many.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,15 @@ from diffedit.errors import NotAppliedError, RequestError, UnsupportedModelError
 from diffedit.interfaces import Backend, Locator, Updater, Vocabulary
 from diffedit.ledger import Ledger, Trial
 from diffedit.provenance import check_base, describe
-from diffedit.request import Action, Kind, Request, make_request
+from diffedit.request import Kind, Request
 from diffedit.site import EditSite
-from diffedit.targets import TargetChooser, default_preserve, default_templates, guess_kind
+from diffedit.targets import Completer
+from diffedit.tracing.result import CausalTrace
+from diffedit.tracing.run import trace
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-
-logger = logging.getLogger("diffedit")
 
 
 class Editor:
@@ -73,7 +73,7 @@ class Editor:
         self.backend: Backend = accepting[0](loaded)
         self.ledger = Ledger(self.backend)
         self._edits: dict[str, Edit] = {}
-        self._chooser = TargetChooser(self.backend)
+        self._complete = Completer(self.backend)
 
     @property
     def pipeline(self) -> Any:
@@ -125,11 +125,11 @@ class Editor:
             raise RequestError("there is no subject", value="[]", hint="name at least one")
         if aliases and len(subjects) > 1:
             raise RequestError("aliases belong to one subject", value=subjects, hint="list them as subjects")
-        requests = [
-            self._request(name, "ablate", target, kind, preserve, aliases, templates, seed, subjects)
-            for name in subjects
-        ]
-        return self.run(requests, updater=updater, locator=locator)
+        change = registry.build("updaters", updater)
+        said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
+        said |= {"seed": seed, "together": subjects, "preserves": change.preserves}
+        requests = [self._complete.request(name, "ablate", **said) for name in subjects]
+        return self.run(requests, updater=change, locator=locator)
 
     def update(
         self,
@@ -145,8 +145,10 @@ class Editor:
         seed: int = 0,
     ) -> Edit:
         """Give a concept another meaning ("flag of X" -> "flag of Y"); arguments as for `ablate`."""
-        request = self._request(subject, "update", target, kind, preserve, aliases, templates, seed, [subject])
-        return self.run([request], updater=updater, locator=locator)
+        change = registry.build("updaters", updater)
+        said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
+        said |= {"seed": seed, "together": [subject], "preserves": change.preserves}
+        return self.run([self._complete.request(subject, "update", **said)], updater=change, locator=locator)
 
     def run(
         self, requests: Sequence[Request], *, updater: str | Updater = "quickfix", locator: str | Locator = "fixed"
@@ -159,7 +161,7 @@ class Editor:
         find: Locator = registry.build("locators", locator)
         change: Updater = registry.build("updaters", updater)
         with self.ledger.unedited():
-            filled, reasons = self._targets(requests)
+            filled, reasons = self._complete.fill(requests)
             location = find.locate(self.backend, filled)
             wrong = [site.name for site in location.sites if site.role not in change.roles]
             if wrong:
@@ -171,17 +173,52 @@ class Editor:
         manifest = describe(self.backend, self.ledger, filled, reasons, location, delta, trial, find, change)
         return self._apply(Edit(manifest, delta), trial)
 
-    def load(self, edit: Edit | str | Path) -> Edit:
-        """Apply an edit, or the edit in a folder, to this model.
+    def trace(
+        self,
+        prompt: str | Sequence[str],
+        subject: str,
+        *,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> CausalTrace:
+        """Measure where the model keeps the subject: a causal trace of the live model, active edits included.
+
+        Args:
+            prompt: one or several prompts with the subject in them; effects are averaged over them.
+            subject: the text whose embeddings are disturbed.
+            out: folder for the result; an interrupted trace with the same `out` goes on where it stopped.
+            overwrite: replace a finished trace in `out`.
+            seed: the first of the seeds.
+            progress: called with (runs done, runs in all).
+            settings: fields of `CausalTracing`, such as component="unet", measure="image", seeds=5.
+        """
+        find = registry.configure("locators", "causal-trace", settings)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        probes = [(text, subject) for text in prompts]
+        return trace(self.backend, find, probes, seed=seed, out=out, overwrite=overwrite, progress=progress)
+
+    def load(self, edit: Edit | str | Path, *, revision: str | None = None, token: str | None = None) -> Edit:
+        """Apply an edit to this model.
+
+        Args:
+            edit: an edit, its folder, or "user/name" on the Hub.
+            revision: branch, tag or commit on the Hub.
+            token: Hub token.
 
         Raises:
+            HubError: it cannot be had from the Hub.
+            ArtifactError: what is there is not an edit, or damaged.
             BaseMismatchError: it was made for another base model.
             AlreadyAppliedError: it is in the model already.
         """
         if not isinstance(edit, Edit):
-            edit = Edit.load(edit)
+            known = isinstance(edit, str | os.PathLike)
+            edit = Edit.from_pretrained(edit, revision=revision, token=token) if known else Edit.load(edit)
         elif edit.applied and edit.id not in self.ledger.active:
-            edit = Edit(edit.manifest, edit.delta)
+            edit = edit.copy()
         check_base(edit.manifest, self.backend, self.ledger)
         return self._apply(edit)
 
@@ -241,51 +278,13 @@ class Editor:
     def save_pipeline(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the whole model with its active edits merged in, as a folder that stock diffusers loads.
 
+        A model that came from a single `.safetensors` file can also be written as a new one: name `path` so.
+
         Raises:
             OutputExistsError: something is there already.
             StorageError: the file system refused; nothing is left behind.
         """
         return self.backend.save(Path(path).expanduser(), overwrite=overwrite)
-
-    def _request(
-        self,
-        subject: str,
-        action: Action,
-        target: str | None,
-        kind: Kind | None,
-        preserve: Sequence[str] | None,
-        aliases: Sequence[str],
-        templates: Sequence[str],
-        seed: int,
-        together: Sequence[str],
-    ) -> Request:
-        if kind is None and isinstance(subject, str):
-            kind, subject = guess_kind(subject, self.vocabulary)
-        if preserve is None:
-            preserve = default_preserve(kind or "object", (*together, subject, *aliases), self.vocabulary)
-        return make_request(
-            subject=subject,
-            action=action,
-            target=target,
-            kind=kind or "object",
-            aliases=aliases,
-            templates=templates or default_templates(kind or "object", self.vocabulary),
-            preserve=preserve,
-            seed=seed,
-        )
-
-    def _targets(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
-        filled, reasons = [], []
-        subjects = [name for request in requests for name in request.names]
-        for request in requests:
-            reason = "given"
-            if request.target is None:
-                target, reason = self._chooser.choose(request, avoid=subjects)
-                request = make_request(**{**request.model_dump(), "target": target})
-                logger.info("target for %r: %r, %s", request.subject, target, reason)
-            filled.append(request)
-            reasons.append(reason)
-        return filled, reasons
 
     def _apply(self, edit: Edit, trial: Mapping[EditSite, Trial] | None = None) -> Edit:
         self.ledger.apply(edit.id, edit.delta, trial)

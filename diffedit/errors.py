@@ -69,6 +69,12 @@ class ContradictionError(RequestError):
     code = "DE-104"
 
 
+class NotComposableError(RequestError):
+    """Edits that have no common solve: of different bases, sites, methods or settings, or without their pairs."""
+
+    code = "DE-105"
+
+
 class UnknownNameError(DiffEditError):
     """No backend, locator, updater, scorer or built-in model has that name."""
 
@@ -128,6 +134,12 @@ class IllConditionedError(NumericalError):
     """The regularised keys are too close to singular for the digits of float64."""
 
     code = "DE-304"
+
+
+class NoCausalSiteError(NumericalError):
+    """The trace names no site: the corruption left the concept in place, or no state brings it back for certain."""
+
+    code = "DE-305"
 
 
 class HistoryError(DiffEditError):
@@ -204,6 +216,58 @@ class BaseMismatchError(DiffEditError):
 
     code = "DE-600"
     exit_code = 1
+
+
+class HubError(DiffEditError):
+    """Base of what goes wrong between here and the Hub."""
+
+    code = "DE-700"
+    exit_code = 1
+
+
+class HubAccessError(HubError):
+    """The Hub does not let this token in: missing, wrong, expired, without permission, or the repository is gated."""
+
+    code = "DE-701"
+    exit_code = 2
+
+
+class HubNotFoundError(HubError):
+    """No such repository, no such revision, or no edit in it."""
+
+    code = "DE-702"
+    exit_code = 2
+
+
+class HubConflictError(HubError):
+    """The repository changed meanwhile, or a tag names another commit than before."""
+
+    code = "DE-703"
+
+
+class HubRefusedError(HubError):
+    """The Hub understood the request and refuses it: too large, invalid, a branch that cannot be pushed to."""
+
+    code = "DE-704"
+
+
+class HubUnavailableError(HubError):
+    """The Hub failed, limits the rate, cannot be reached, or did not answer before the deadline."""
+
+    code = "DE-705"
+
+
+class HubOfflineError(HubError):
+    """The network is switched off, and the local cache does not hold what was asked for."""
+
+    code = "DE-706"
+
+
+class HubVisibilityError(HubError):
+    """The repository is public and a private push was asked for."""
+
+    code = "DE-707"
+    exit_code = 2
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from diffedit.delta import Delta
+from diffedit.errors import NotComposableError
+from diffedit.pairs import Pairs
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role, SubjectSpan
 
@@ -87,6 +89,7 @@ class LoadedModel:
         revision: 40-hex commit when it came from the Hub.
         vocabulary: what it is known to know.
         sampling: how it likes to be sampled.
+        file: the single-file checkpoint that it was loaded from, if it was.
     """
 
     pipeline: Any
@@ -94,6 +97,7 @@ class LoadedModel:
     revision: str | None = None
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     sampling: Sampling = field(default_factory=Sampling)
+    file: Path | None = None
 
 
 class Backend(ABC):
@@ -112,7 +116,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sites(self, *roles: Role) -> tuple[EditSite, ...]:
-        """All edit sites with one of the roles (all roles if none is named), sorted.
+        """All edit sites with one of the roles, sorted; without roles those of the text encoder.
 
         A site's path is the name that the family's files use on disk; for a CLIP text encoder it starts with
         `text_model.`, which is what the adapter files of an edit (LoRA, PEFT) are named by.
@@ -195,11 +199,27 @@ class Locator(Plugin, ABC):
 class Updater(Plugin, ABC):
     """Computes the change of the weights at a location. Never changes the model.
 
-    `roles` names the kinds of layer that it may edit.
+    Attributes:
+        roles: the kinds of layer that it may edit.
+        preserves: whether it is meant to be given the concepts that should stay. The editor then lists everything else
+            that the model's vocabulary knows, unless the user gives a list.
     """
 
     roles: ClassVar[tuple[Role, ...]]
+    preserves: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:
         """The change that carries out all requests at once; every request has a target by now."""
+
+    def solve_pairs(self, pairs: Mapping[EditSite, Pairs]) -> Delta:
+        """The same solve from the pairs that an earlier one left in `Delta.pairs`; no model is needed.
+
+        Updaters whose change is not determined by such pairs leave this out.
+
+        Raises:
+            NotComposableError: the updater works otherwise.
+        """
+        raise NotComposableError(
+            f"the updater {self.name} does not solve from stored pairs", hint="run the requests together on the model"
+        )

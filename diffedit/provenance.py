@@ -11,6 +11,7 @@ from diffedit.errors import AlreadyAppliedError, BaseMismatchError
 from diffedit.interfaces import Backend, Locator, Plugin, Updater
 from diffedit.io.files import delta_to_tensors, tensor_records
 from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord, diagnostics_dict
+from diffedit.io.pairs import pairs_records
 from diffedit.ledger import Ledger, Trial, cast_hashes, tensor_hash
 from diffedit.request import Request
 from diffedit.site import EditSite, Location
@@ -77,6 +78,7 @@ def describe(
         base=base_record,
         versions={package: _version(package) for package in _PACKAGES},
         tensors=tensor_records(delta_to_tensors(delta)),
+        pairs=pairs_records(delta.pairs),
     ).with_id()
 
 

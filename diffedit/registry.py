@@ -1,6 +1,7 @@
-"""Name -> class, for backends, locators and updaters: one built-in table, then entry points.
+"""Name -> class, for backends, locators, updaters and measures: one built-in table, then entry points.
 
-The folder's name is the kind and the entry-point group: `diffedit.backends`, `diffedit.locators`, `diffedit.updaters`.
+The kind names the entry-point group: `diffedit.backends`, `diffedit.locators`, `diffedit.updaters` or
+`diffedit.measures`.
 Built-in classes are imported only when they are asked for, so `import diffedit` stays light.
 """
 
@@ -8,28 +9,41 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
-from diffedit.errors import UnknownNameError, nearest
+from pydantic import ValidationError
+
+from diffedit.errors import RequestError, UnknownNameError, nearest
 from diffedit.interfaces import Backend, Locator, Plugin, Updater
+from diffedit.traceable import Measure
 
 logger = logging.getLogger("diffedit")
 
-Kind = Literal["backends", "locators", "updaters"]
+Kind = Literal["backends", "locators", "updaters", "measures"]
 
 BUILT_IN: dict[Kind, dict[str, str]] = {
     "backends": {
         "sd1": "diffedit.backends.stable_diffusion:SD1",
         "sd2": "diffedit.backends.stable_diffusion:SD2",
     },
-    "locators": {"fixed": "diffedit.locators.fixed:FixedLocator"},
+    "locators": {
+        "fixed": "diffedit.locators.fixed:FixedLocator",
+        "causal-trace": "diffedit.locators.causal_trace:CausalTracing",
+        "locogen": "diffedit.locators.locogen:LocoGen",
+    },
     "updaters": {
         "quickfix": "diffedit.updaters.closed_form:QuickFix",
         "quickfix-published": "diffedit.updaters.closed_form:QuickFixPublished",
     },
+    "measures": {
+        "embedding": "diffedit.locators.measures:EmbeddingEffect",
+        "denoising": "diffedit.locators.measures:DenoisingEffect",
+        "image": "diffedit.evaluate.image_score:ImageScore",
+    },
 }
-_BASES: dict[Kind, type] = {"backends": Backend, "locators": Locator, "updaters": Updater}
+_BASES: dict[Kind, type] = {"backends": Backend, "locators": Locator, "updaters": Updater, "measures": Measure}
 
 
 def names(kind: Kind) -> tuple[str, ...]:
@@ -94,6 +108,27 @@ def build(kind: Literal["locators", "updaters"], given: str | Plugin) -> Any:
     if not isinstance(given, str):
         raise UnknownNameError(f"a {kind[:-1]} is given by name or as an object", value=type(given).__name__)
     return get(kind, given)()
+
+
+def configure(kind: Literal["locators", "updaters", "measures"], name: str, settings: Mapping[str, Any]) -> Any:
+    """A plugin from its name and its fields.
+
+    Raises:
+        UnknownNameError: no such name.
+        RequestError: no such field, or a value that the field refuses.
+    """
+    plugin = get(kind, name)
+    try:
+        return plugin(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or name
+        raise RequestError(
+            f"the {kind[:-1]} {name!r} refuses {field}",
+            value=repr(first.get("input")),
+            cause=first["msg"],
+            hint=f"its settings are {', '.join(plugin.model_fields) or 'none'}",
+        ) from error
 
 
 def _third_party(kind: Kind) -> dict[str, EntryPoint]:

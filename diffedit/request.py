@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,6 +50,7 @@ class Request(BaseModel):
             general; text *after* the subject cannot matter to a causal text encoder. Default: by kind.
         preserve: concepts whose outputs must stay; each is rendered in the same templates.
         seed: for everything random in a locator or updater; the closed form uses none.
+        strength: how much of the change to make; 1 is the whole, 0.5 half of it, -1 its opposite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +63,7 @@ class Request(BaseModel):
     templates: tuple[str, ...] = ()
     preserve: tuple[str, ...] = ()
     seed: int = 0
+    strength: float = 1.0
 
     @field_validator("subject", "target", mode="before")
     @classmethod
@@ -90,6 +93,13 @@ class Request(BaseModel):
                     hint='write for example "a photo of a {}"',
                 )
         return tuple(dict.fromkeys(clean(template, "template") for template in value))
+
+    @field_validator("strength")
+    @classmethod
+    def _check_strength(cls, value: float) -> float:
+        if not math.isfinite(value) or value == 0:
+            raise RequestError("a strength is a finite number, and not 0", value=value, hint="1 is the whole edit")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Request:

@@ -1,8 +1,9 @@
 """Where an edit may happen: components, linear layers and token positions, in names that outlive library versions.
 
 A site's `path` is the *canonical* name: the nested one that Stable Diffusion's files use on disk
-(`text_model.encoder.layers.0.self_attn.out_proj`), whatever layout the installed transformers gives the live modules.
-Backends map it to a module; nothing else resolves names.
+(`text_model.encoder.layers.0.self_attn.out_proj`), whatever layout the installed transformers gives the live modules;
+in the UNet it is diffusers' own (`down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`). Backends map it to a
+module; nothing else resolves names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ class Role(StrEnum):
 
     TEXT_SELF_ATTN_OUT = "text.self_attn.out_proj"
     TEXT_MLP_OUT = "text.mlp.fc2"
+    UNET_CROSS_ATTN_K = "unet.cross_attn.to_k"
+    UNET_CROSS_ATTN_V = "unet.cross_attn.to_v"
 
 
 class TokenRule(StrEnum):
@@ -35,9 +38,10 @@ class EditSite:
     """One linear layer `y = W x + b` whose weight `W` ([d_out, d_in]) may be edited; the bias never is.
 
     Attributes:
-        component: pipeline component, in diffusers' words (`"text_encoder"`).
+        component: pipeline component, in diffusers' words (`"text_encoder"`, `"unet"`).
         path: canonical module path inside the component, without `.weight`.
-        layer: index of the block that holds the layer, counted from 0.
+        layer: index of the block that holds the layer, counted from 0; in the UNet the cross-attention blocks are
+            counted in the order in which the forward pass meets them.
         role: what the layer does.
         d_out: number of output features.
         d_in: number of input features.

@@ -8,7 +8,8 @@ are written into the edit.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Sequence
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Vocabulary
-from diffedit.request import OBJECT_TEMPLATES, STYLE_TEMPLATES, Kind, Request
+from diffedit.request import OBJECT_TEMPLATES, STYLE_TEMPLATES, Action, Kind, Request, make_request
 from diffedit.text import noun, with_article
+
+logger = logging.getLogger("diffedit")
 
 STYLE_TARGET = "picture"
 
@@ -117,3 +120,73 @@ class TargetChooser:
         return torch.nn.functional.normalize(
             self._backend.features([with_article(word) for word in nouns]).double(), dim=1
         )
+
+
+class Completer:
+    """Turns what a user says into complete requests for one model.
+
+    Args:
+        backend: the model, with unedited weights whenever `fill` is called.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._vocabulary = backend.model.vocabulary
+        self._chooser = TargetChooser(backend)
+
+    def request(
+        self,
+        subject: str,
+        action: Action,
+        *,
+        target: str | None,
+        kind: Kind | None,
+        preserve: Sequence[str] | None,
+        aliases: Sequence[str],
+        templates: Sequence[str],
+        seed: int,
+        together: Sequence[Any],
+        preserves: bool,
+    ) -> Request:
+        """A request with its kind, templates and preserve list filled in.
+
+        Args:
+            subject: as the user wrote it; so are `action` to `seed`.
+            action: what to do.
+            target: what takes its place, or `None`.
+            kind: `None` to guess.
+            preserve: `None` for everything else that the vocabulary lists, if `preserves`.
+            aliases: other names of the subject.
+            templates: empty for the default ones.
+            seed: of the request.
+            together: all subjects of the same edit.
+            preserves: whether the updater wants a preserve list.
+        """
+        if kind is None and isinstance(subject, str):
+            kind, subject = guess_kind(subject, self._vocabulary)
+        kind = kind or "object"
+        if preserve is None:
+            preserve = default_preserve(kind, (*together, subject, *aliases), self._vocabulary) if preserves else ()
+        return make_request(
+            subject=subject,
+            action=action,
+            target=target,
+            kind=kind,
+            aliases=aliases,
+            templates=templates or default_templates(kind, self._vocabulary),
+            preserve=preserve,
+            seed=seed,
+        )
+
+    def fill(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
+        """The requests with every target chosen, and per request why that one."""
+        filled, reasons = [], []
+        subjects = [name for request in requests for name in request.names]
+        for request in requests:
+            reason = "given"
+            if request.target is None:
+                target, reason = self._chooser.choose(request, avoid=subjects)
+                request = make_request(**{**request.model_dump(), "target": target})
+                logger.info("target for %r: %r, %s", request.subject, target, reason)
+            filled.append(request)
+            reasons.append(reason)
+        return filled, reasons

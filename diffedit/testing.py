@@ -20,7 +20,7 @@ from diffedit.delta import Delta
 from diffedit.interfaces import Backend, Locator, Plugin, Updater
 from diffedit.ledger import tensor_hash
 from diffedit.request import Request
-from diffedit.site import Location, TokenRule
+from diffedit.site import Location, Role, TokenRule
 
 
 class ContractError(AssertionError):
@@ -92,7 +92,7 @@ def check_locator(locator: Locator, backend: Backend, requests: Sequence[Request
     _require(location == again, "the same request gives another location", location)
     _require(len(location.sites) > 0, "a location needs a site", location)
     _require(list(location.sites) == sorted(location.sites), "sites are not sorted", location.sites)
-    _require(set(location.sites) <= set(backend.sites()), "a located site does not exist", location.sites)
+    _require(set(location.sites) <= set(backend.sites(*Role)), "a located site does not exist", location.sites)
     _require(len(location.scores) in (0, len(location.sites)), "scores do not pair with sites", location.scores)
     return location
 

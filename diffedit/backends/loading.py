@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,30 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from diffedit.errors import DiffEditError, ModelNotFoundError, UnknownNameError, UnsafeFormatError, nearest
+from diffedit.bundled import BUNDLED, PREFIX, bundled
+from diffedit.errors import DiffEditError, ModelNotFoundError, UnsafeFormatError, nearest
 from diffedit.interfaces import LoadedModel, Sampling, Vocabulary
 from diffedit.text import with_article
 
-BUILT_IN = {"emoji": "emoji"}
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_NOT_TEXT = ("unet", "vae", "safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a named model lies on this machine.
+
+    Attributes:
+        path: its folder, or its single file.
+        source: a name that says nothing about this machine.
+        revision: 40-hex commit when it came from the Hub.
+    """
+
+    path: Path
+    source: str
+    revision: str | None = None
 
 
 def load_model(
@@ -40,6 +56,7 @@ def load_model(
     revision: str | None = None,
     token: str | None = None,
     config: str | None = None,
+    text_only: bool = False,
 ) -> LoadedModel:
     """Whatever names a model -> a live pipeline.
 
@@ -51,6 +68,7 @@ def load_model(
         token: Hub token; default: the one that huggingface_hub finds itself.
         config: for a single-file checkpoint, a folder or Hub id with the configs and the tokenizer; default: diffusers
             recognises the family and fetches them from the Hub.
+        text_only: leave UNet and VAE out (`None` in the pipeline): enough to run prompts through the text encoder.
 
     Raises:
         ModelNotFoundError: nothing is there, or it cannot be loaded.
@@ -63,13 +81,23 @@ def load_model(
             raise ModelNotFoundError("that is not a model", value=type(model).__name__, hint=hint)
         source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         return _place(LoadedModel(model, _public_name(str(source))), device, dtype)
+    found, kind = locate_model(model, revision=revision, token=token), dtype or torch.float32
+    if found.path.is_dir():
+        return _place(_from_folder(found, kind, text_only), device, None)
+    return _place(_from_single_file(found, kind, config, text_only), device, None)
+
+
+def locate_model(model: str | Path, *, revision: str | None = None, token: str | None = None) -> Found:
+    """Where the files of a named model lie; opens none of them. A Hub id is fetched into the Hub's cache first.
+
+    Arguments and errors are those of `load_model`.
+    """
     name = str(model)
-    if name.startswith("builtin:"):
-        folder = _built_in(name.removeprefix("builtin:"))
-        return _place(_from_folder(folder, name, dtype or torch.float32), device, None)
+    if name.startswith(PREFIX):
+        return Found(bundled("model", name), name)
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike Path.is_dir it also answers for names that no file can have
-        return _place(_from_folder(path, path.resolve().name, dtype or torch.float32), device, None)
+        return Found(path, path.resolve().name)
     if path.suffix.lower() in _PICKLES:
         raise UnsafeFormatError(
             "a pickle checkpoint can run code when it is opened",
@@ -77,26 +105,19 @@ def load_model(
             hint="get the .safetensors version, or convert it on a machine that you can lose",
         )
     if os.path.isfile(path):
-        return _place(_from_single_file(path, dtype or torch.float32, config), device, None)
+        return Found(path, path.name)
     if _HUB_ID.match(name):
-        return _place(_from_hub(name, revision, token, dtype or torch.float32), device, None)
+        return _from_hub(name, revision, token)
     raise ModelNotFoundError(
         "there is no such model",
         value=repr(name),
         cause="it is no folder, no file, and not of the form user/name",
-        hint=nearest(name, [f"builtin:{known}" for known in BUILT_IN]),
+        hint=nearest(name, [PREFIX + known for known in BUNDLED["model"]]),
     )
 
 
-def _built_in(name: str) -> Path:
-    if name not in BUILT_IN:
-        raise UnknownNameError(
-            "there is no built-in model of that name", value=repr(name), hint=nearest(name, BUILT_IN)
-        )
-    return Path(str(files("diffedit"))) / "assets" / BUILT_IN[name]
-
-
-def _from_folder(folder: Path, source: str, dtype: torch.dtype, revision: str | None = None) -> LoadedModel:
+def _from_folder(found: Found, dtype: torch.dtype, text_only: bool) -> LoadedModel:
+    folder = found.path
     if not (folder / "model_index.json").is_file():
         edit = (folder / "edit.safetensors").is_file()
         raise ModelNotFoundError(
@@ -116,25 +137,30 @@ def _from_folder(folder: Path, source: str, dtype: torch.dtype, revision: str | 
         )
     from diffusers import StableDiffusionPipeline
 
-    pipeline = _load(
-        StableDiffusionPipeline.from_pretrained, folder, source, dtype, local_files_only=True, use_safetensors=True
-    )
+    options = {"local_files_only": True, "use_safetensors": True, **_left_out(text_only)}
+    pipeline = _load(StableDiffusionPipeline.from_pretrained, found, dtype, **options)
     vocabulary, sampling = _read_vocabulary(folder / "vocabulary.json")
-    return LoadedModel(pipeline, source, revision, vocabulary, sampling)
+    return LoadedModel(pipeline, found.source, found.revision, vocabulary, sampling)
 
 
-def _from_single_file(path: Path, dtype: torch.dtype, config: str | None) -> LoadedModel:
+def _from_single_file(found: Found, dtype: torch.dtype, config: str | None, text_only: bool) -> LoadedModel:
+    path = found.path
     if path.suffix.lower() != ".safetensors":
         raise UnsafeFormatError(
             "only .safetensors checkpoints are read", value=repr(path.name), hint="convert the file"
         )
     from diffusers import StableDiffusionPipeline
 
-    extra = {} if config is None else {"config": config}
-    return LoadedModel(_load(StableDiffusionPipeline.from_single_file, path, path.name, dtype, **extra), path.name)
+    extra = _left_out(text_only) | ({} if config is None else {"config": config})
+    pipeline = _load(StableDiffusionPipeline.from_single_file, found, dtype, **extra)
+    return LoadedModel(pipeline, found.source, file=found.path)
 
 
-def _from_hub(name: str, revision: str | None, token: str | None, dtype: torch.dtype) -> LoadedModel:
+def _left_out(text_only: bool) -> dict[str, Any]:
+    return {**dict.fromkeys(_NOT_TEXT), "requires_safety_checker": False} if text_only else {}
+
+
+def _from_hub(name: str, revision: str | None, token: str | None) -> Found:
     from diffusers import StableDiffusionPipeline
 
     try:
@@ -151,11 +177,10 @@ def _from_hub(name: str, revision: str | None, token: str | None, dtype: torch.d
             cause=_first_line(error),
             hint="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
         ) from error
-    commit = folder.name if _COMMIT.match(folder.name) else None
-    return _from_folder(folder, name, dtype, commit)
+    return Found(folder, name, folder.name if _COMMIT.match(folder.name) else None)
 
 
-def _load(loader: Any, where: Path, source: str, dtype: torch.dtype, **options: Any) -> Any:
+def _load(loader: Any, found: Found, dtype: torch.dtype, **options: Any) -> Any:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -165,13 +190,13 @@ def _load(loader: Any, where: Path, source: str, dtype: torch.dtype, **options: 
     diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return loader(str(where), dtype=dtype, **options)
+        return loader(str(found.path), dtype=dtype, **options)
     except DiffEditError:
         raise
     except Exception as error:  # diffusers raises many types; the user needs one
         raise ModelNotFoundError(
             "the model cannot be loaded",
-            value=repr(source),
+            value=repr(found.source),
             cause=_first_line(error),
             hint="check that all its files are there",
         ) from error

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: the CLIP text encoder of a `StableDiffusionPipeline`.
+"""Stable Diffusion 1.x and 2.x: the CLIP text encoder of a `StableDiffusionPipeline`, and its UNet's cross-attention.
 
 SD 1.x reads OpenAI's CLIP-L (12 layers x 768, quick_gelu, padded with the end-of-text token), SD 2.x OpenCLIP's
 ViT-H without its last layer (23 layers x 1024, gelu, padded with "!"). The activation tells them apart whatever the
@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,9 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffedit.backends.checkpoint import save_checkpoint
 from diffedit.backends.hooks import Tap, evaluating, record
+from diffedit.backends.interventions import Interventions
+from diffedit.backends.quiet import quiet
 from diffedit.backends.saving import save_pipeline
 from diffedit.backends.spans import subject_span
+from diffedit.backends.unet import UNET, cross_attention_layer, cross_attention_sites, record_cross_attention
 from diffedit.errors import UnsupportedModelError, UnsupportedTensorError
 from diffedit.interfaces import Activations, Backend
 from diffedit.site import EditSite, Role, SubjectSpan
@@ -37,7 +40,7 @@ _PREFIX = "text_model.encoder.layers"
 _EDITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class StableDiffusion(Backend):
+class StableDiffusion(Interventions, Backend):
     """What both families share; see `SD1` and `SD2`."""
 
     activation: ClassVar[str]
@@ -83,9 +86,18 @@ class StableDiffusion(Backend):
             found.append(EditSite(_COMPONENT, f"{_PREFIX}.{i}.mlp.fc2", i, Role.TEXT_MLP_OUT, hidden, inner))
         return tuple(sorted(found, key=lambda site: (site.layer, site.role)))
 
+    @cached_property
+    def _cross_sites(self) -> tuple[EditSite, ...]:
+        return cross_attention_sites(getattr(self.model.pipeline, UNET, None))
+
     def sites(self, *roles: Role) -> tuple[EditSite, ...]:
-        """Attention outputs and MLP outputs of every layer of the text encoder, first layer first."""
-        return tuple(site for site in self._sites if not roles or site.role in roles)
+        """Attention outputs and MLP outputs of every layer of the text encoder, first layer first.
+
+        Key and value projections of the UNet's cross-attention follow where their roles are named; without roles the
+        answer is the text encoder alone.
+        """
+        wanted = roles or (Role.TEXT_SELF_ATTN_OUT, Role.TEXT_MLP_OUT)
+        return tuple(site for site in (*self._sites, *self._cross_sites) if site.role in wanted)
 
     def span(self, prompt: str, subject: str, occurrence: int | None = None) -> SubjectSpan:
         """Token positions of the subject; see `Backend.span`."""
@@ -104,11 +116,19 @@ class StableDiffusion(Backend):
         return torch.as_tensor(batch["input_ids"]).to(device)
 
     def capture(self, prompts: Sequence[str], sites: Sequence[EditSite], *, padded: bool = False) -> Activations:
-        """Run the prompts as the pipeline does (no attention mask) and stop at the deepest site."""
-        taps = {site: Tap(self._module(site), self._norm(site)) for site in sites}
+        """Run the prompts as the pipeline does (no attention mask) and stop at the deepest site.
+
+        For sites of the UNet that is the end of the text encoder; their streams are zero (`backends.unet` says why).
+        """
+        cross = [site for site in sites if site.component == UNET]
+        taps = {site: Tap(self._module(site), self._norm(site)) for site in sites if site.component != UNET}
         tokens = self.tokenize(prompts, padded=padded)
-        with evaluating(self._encoder), record(taps) as seen:
-            self._encoder(input_ids=tokens)
+        with evaluating(self._encoder):
+            with record(taps) as seen:
+                if taps:
+                    self._encoder(input_ids=tokens)
+            if cross:
+                record_cross_attention(self.model.pipeline.unet, cross, self._encoder(input_ids=tokens)[0], seen)
         missing = [site.name for site in sites if site not in seen.outputs]
         if missing:
             raise UnsupportedModelError("a site was not reached by the forward pass", value=", ".join(missing))
@@ -174,7 +194,7 @@ class StableDiffusion(Backend):
         """Sample with the pipeline's own scheduler; one CPU generator per image, so batches do not mix seeds."""
         pipeline = self.model.pipeline
         images: list[Image] = []
-        with _quiet(pipeline):
+        with quiet(pipeline):
             for i in range(0, len(pairs), batch_size):
                 chunk = pairs[i : i + batch_size]
                 out = pipeline(
@@ -189,8 +209,14 @@ class StableDiffusion(Backend):
         return images
 
     def save(self, path: Path, *, overwrite: bool = False) -> Path:
-        """The merged pipeline as a diffusers folder; see `backends.saving`."""
-        return save_pipeline(self.model.pipeline, path, overwrite=overwrite)
+        """The merged pipeline as a folder, or as a new single file if it came from one and `path` names one."""
+        if path.suffix.lower() != ".safetensors":
+            return save_pipeline(self.model.pipeline, path, overwrite=overwrite)
+        if self.model.file is None:
+            hint = "name a folder, or load the model from a .safetensors checkpoint"
+            raise UnsupportedModelError("only a single-file model can be saved as one file", value=path.name, hint=hint)
+        save_checkpoint(self, self.model.file, path)
+        return path
 
     def _layer(self, site: EditSite) -> nn.Module:
         layers = self._root(self._encoder).encoder.layers
@@ -201,6 +227,8 @@ class StableDiffusion(Backend):
         return layer
 
     def _module(self, site: EditSite) -> Any:
+        if site.component == UNET:
+            return cross_attention_layer(getattr(self.model.pipeline, UNET, None) or nn.Module(), site)
         layer: Any = self._layer(site)
         prefix = f"{_PREFIX}.{site.layer}."
         known = {f"{prefix}self_attn.out_proj": layer.self_attn.out_proj, f"{prefix}mlp.fc2": layer.mlp.fc2}
@@ -230,18 +258,3 @@ class SD2(StableDiffusion):
     name = "sd2"
     reference = "Stable Diffusion 2.x, OpenCLIP text encoder (arXiv 2212.07143)"
     activation = "gelu"
-
-
-@contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
-    """No progress bar inside the block; the pipeline's own setting comes back afterwards."""
-    missing = object()
-    before = getattr(pipeline, "_progress_bar_config", missing)
-    try:
-        pipeline.set_progress_bar_config(disable=True)
-        yield
-    finally:
-        if before is missing:
-            del pipeline._progress_bar_config
-        else:
-            pipeline._progress_bar_config = before

@@ -1,4 +1,4 @@
-"""The command line: `diffedit ablate`, `update`, `apply`, `show`, `generate`, `list`.
+"""The command line, `diffedit COMMAND`.
 
 One thin file per command; what they share lives in `shell` (results, errors, exit codes), `options`, `settings`,
 `editing` and `describe`. Torch is imported inside commands only, so `--help` and usage errors answer at once.
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from diffedit._version import __version__
-from diffedit.cli import ablate, apply, generate, listing, show, update
+from diffedit.cli import ablate, apply, diff, export, generate, listing, merge, pull, push, show, trace, update, verify
 from diffedit.cli.shell import Group
 
 app = typer.Typer(
@@ -45,8 +45,15 @@ def main(
 app.command("ablate")(ablate.ablate)
 app.command("update")(update.update)
 app.command("apply")(apply.apply)
+app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("show")(show.show)
+app.command("verify")(verify.verify)
+app.command("diff")(diff.diff)
 app.command("generate")(generate.generate)
+app.command("push")(push.push)
+app.command("pull")(pull.pull)
+app.command("trace")(trace.trace)
 app.command("list")(listing.list_plugins)
 
 __all__ = ["app"]

@@ -78,7 +78,7 @@ def print_sites(console: Console, edit: dict[str, Any]) -> None:
             f"{site['relative_norm']:.2%}",
             _number(diagnostics.get("residual"), ".2%"),
             _number(diagnostics.get("condition"), ".1e"),
-            f"{site['achieved']:.2%} ({site['dtype']})",
+            "not applied yet" if site["achieved"] is None else f"{site['achieved']:.2%} ({site['dtype']})",
         )
     console.print(table)
 

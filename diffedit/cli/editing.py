@@ -96,7 +96,8 @@ def open_editor(model: str, loading: dict[str, Any]) -> Editor:
                 raise RequestError(
                     "that device cannot be used", value=repr(device), cause=cause, hint="try --device cpu"
                 ) from error
-        return Editor(model, backend=loading["backend"], device=device, dtype=getattr(torch, dtype) if dtype else None)
+        wanted = getattr(torch, dtype) if dtype else None
+        return Editor(model, backend=loading["backend"], device=device, dtype=wanted, config=loading.get("config"))
 
 
 def run(plan: Plan) -> Result:

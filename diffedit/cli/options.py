@@ -133,6 +133,9 @@ Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling step
 Guidance = Annotated[
     float | None, typer.Option("--guidance", min=0.0, help="Guidance scale. Default: the model's own.")
 ]
+Deadline = Annotated[
+    float, typer.Option("--deadline", metavar="SECONDS", min=0.1, help="How long the Hub may take in all.")
+]
 EditFolders = Annotated[
     list[Path] | None, typer.Option("--edit", metavar="FOLDER", help="An edit to load first. May be repeated.")
 ]

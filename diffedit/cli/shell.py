@@ -46,10 +46,12 @@ class Result:
     Attributes:
         payload: the JSON document.
         render: prints the same for people.
+        exit_code: of the program; not 0 if the answer itself is bad news (a check that failed).
     """
 
     payload: dict[str, Any]
     render: Callable[[Console], None]
+    exit_code: int = 0
 
 
 class Group(TyperGroup):
@@ -145,6 +147,7 @@ def _report(outcome: Any, as_json: bool) -> int:
             sys.stdout.write(to_json(outcome.payload) + "\n")
         else:
             outcome.render(output_console())
+        return outcome.exit_code
     return 0
 
 

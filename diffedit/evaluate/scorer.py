@@ -9,21 +9,19 @@ fit best on average.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from diffedit.errors import ModelNotFoundError, UnknownNameError, nearest
+from diffedit.bundled import PREFIX, bundled
+from diffedit.errors import ModelNotFoundError
 from diffedit.text import with_article
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BUILT_IN = {"emoji-scorer": "emoji-scorer"}
 OBJECT_CAPTIONS = ("{}", "a picture of {}", "an icon of {}")
 
 
@@ -51,13 +49,7 @@ class Scorer:
             UnknownNameError: no built-in scorer of that name.
             ModelNotFoundError: it cannot be loaded.
         """
-        source = name
-        if name.startswith("builtin:"):
-            short = name.removeprefix("builtin:")
-            if short not in BUILT_IN:
-                hint = nearest(short, BUILT_IN)
-                raise UnknownNameError("there is no built-in scorer of that name", value=repr(short), hint=hint)
-            source = str(Path(str(files("diffedit"))) / "assets" / BUILT_IN[short])
+        source = str(bundled("scorer", name)) if name.startswith(PREFIX) else name
         try:
             model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
             return cls(model, CLIPTokenizer.from_pretrained(source), CLIPImageProcessor.from_pretrained(source))

@@ -19,11 +19,16 @@ EDIT_FOLDER_FILES = frozenset(
         "adapter_model.safetensors",
         "before_after.png",
         "pytorch_lora_weights.safetensors",
+        "unet/adapter_config.json",
+        "unet/adapter_model.safetensors",
     }
 )
 
 _REPLACE = "choose another path, or replace it with overwrite=True"
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}(?<!\.)")
+# What Windows takes for a device in any folder and with any ending.
+_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_MAX_DEPTH = 4
 
 
 def portable_tree(files: Mapping[str, bytes]) -> dict[PurePosixPath, bytes]:
@@ -31,7 +36,9 @@ def portable_tree(files: Mapping[str, bytes]) -> dict[PurePosixPath, bytes]:
     tree: dict[PurePosixPath, bytes] = {}
     folded: set[str] = set()
     for name, data in sorted(files.items()):
-        if not all(_PART.fullmatch(part) for part in name.split("/")) or name.casefold() in folded:
+        parts = name.split("/")
+        fits = len(parts) <= _MAX_DEPTH and all(_PART.fullmatch(p) and not _DEVICE.fullmatch(p) for p in parts)
+        if not fits or name.casefold() in folded:
             raise StorageError(
                 "a file name is not portable", value=ascii(name)[:300], hint="use letters, digits, _, - and ."
             )

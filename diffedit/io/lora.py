@@ -10,6 +10,8 @@ A change `up @ down` is a LoRA already: `lora_up` (PEFT: `lora_B`) is `up` [d_ou
 * transformers 5.6 dropped the level `text_model` from module names. kohya names survive that (diffusers >= 0.41 maps
   them); PEFT matches literally, so its file holds each tensor under the old and the new name. Diffusers would apply
   only half of a file that mixes layouts, hence two files.
+* a PEFT folder belongs to one model. The text encoder's is the edit's own folder, the UNet's is `unet/` in it; kohya's
+  file holds both components.
 * Stable Diffusion 2 in AUTOMATIC1111 ignores an `out_proj` without `q_proj`, `k_proj` and `v_proj` beside it (read from
   its source). There, zero modules keep it company.
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -34,6 +37,7 @@ from diffedit.site import EditSite
 
 KOHYA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_FOLDER: Mapping[str, str] = {"text_encoder": "", "unet": "unet/"}
 
 # Half precision costs 3e-4 (float16) or 3e-3 (bfloat16) of a change; far beyond that its numbers have left the range.
 MAX_ROUNDING = 0.02
@@ -47,12 +51,12 @@ def kohya_file(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.f
     """Bytes of `pytorch_lora_weights.safetensors`, for diffusers, ComfyUI and AUTOMATIC1111.
 
     Args:
-        delta: the change, in the text encoder only.
+        delta: the change, in the text encoder, the UNet or both.
         manifest: where base and names come from.
         dtype: of the factors; a half precision halves the file and costs what `rounding_error` says. Alpha is float32.
 
     Raises:
-        UnsupportedModelError: an edit outside the text encoder.
+        UnsupportedModelError: an edit of another component.
         NonFiniteError: the delta is not finite, or overflows in `dtype`.
         SwallowedError: more than `MAX_ROUNDING` of the change is lost in `dtype`.
     """
@@ -73,32 +77,24 @@ def kohya_file(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.f
 
 
 def peft_files(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
-    """`adapter_config.json` and `adapter_model.safetensors`, for PEFT and `load_adapter` of transformers.
+    """`adapter_config.json` and `adapter_model.safetensors` per component, for PEFT and `load_adapter` of transformers.
 
     Arguments and errors are those of `kohya_file`.
+
+    Returns:
+        Relative name -> content; the text encoder's files have no folder, the UNet's lie in `unet/`.
     """
-    factors = _adapter_factors(delta, dtype)
-    rank = next(iter(factors.values())).rank
-    tensors = {}
-    for site, change in factors.items():
-        for path in (site.path, flat_path(site)):
-            tensors[f"base_model.model.{path}.lora_A.weight"] = change.down
-            tensors[f"base_model.model.{path}.lora_B.weight"] = change.up
-    config = {
-        "base_model_name_or_path": hub_id(manifest.base.source),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(flat_path(site) for site in factors),
-        "task_type": None,
-    }
-    metadata = {"diffedit": manifest.edit_id, "format": "pt"}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return {PEFT_CONFIG: text.encode("ascii"), PEFT_FILE: pack(metadata, tensors)}
+    components: dict[str, dict[EditSite, LowRank]] = {}
+    for site, change in _adapter_factors(delta, dtype).items():
+        components.setdefault(site.component, {})[site] = change
+    files = {}
+    for component, factors in components.items():
+        config, tensors = _peft_component(factors, hub_id(manifest.base.source))
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        files[PEFT_FOLDER[component] + PEFT_CONFIG] = text.encode("ascii")
+        metadata = {"diffedit": manifest.edit_id, "format": "pt"}
+        files[PEFT_FOLDER[component] + PEFT_FILE] = pack(metadata, tensors)
+    return files
 
 
 def rounding_error(delta: Delta, dtype: torch.dtype) -> float:
@@ -109,6 +105,34 @@ def rounding_error(delta: Delta, dtype: torch.dtype) -> float:
         off += (change.to(torch.float64) + rounded.scale(-1.0)).norm() ** 2
         total += change.norm() ** 2
     return math.sqrt(off / total) if total else 0.0
+
+
+def _peft_component(
+    factors: Mapping[EditSite, LowRank], base: str | None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Configuration and tensors of one component's adapter.
+
+    Target modules are full paths: PEFT matches them as suffixes, so a short one would wrap every layer.
+    """
+    rank = next(iter(factors.values())).rank
+    tensors = {}
+    for site, change in factors.items():
+        for path in dict.fromkeys((site.path, flat_path(site))):
+            tensors[f"base_model.model.{path}.lora_A.weight"] = change.down
+            tensors[f"base_model.model.{path}.lora_B.weight"] = change.up
+    config: dict[str, object] = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(flat_path(site) for site in factors),
+        "task_type": None,
+    }
+    return config, tensors
 
 
 def _adapter_factors(delta: Delta, dtype: torch.dtype) -> dict[EditSite, LowRank]:

@@ -35,8 +35,9 @@ class SiteRecord(_Frozen):
     Attributes:
         base_sha256: hash of the unedited weight per dtype name ("float32", "float16", "bfloat16"): the model's own and
             every narrower one, so that a half-precision copy of the base is recognised.
-        result_sha256: hash of the weight after applying this edit alone to the base in `dtype`.
-        achieved: share of the requested change that survived the rounding to `dtype`.
+        result_sha256: hash of the weight after applying this edit alone to the base in `dtype`; `None` for an edit that
+            was composed or scaled and has not met a model since.
+        achieved: share of the requested change that survived the rounding to `dtype`; `None` likewise.
         dtype: the model's dtype when the edit was made.
         diagnostics: the solve's own report, if there was a solve.
     """
@@ -50,8 +51,8 @@ class SiteRecord(_Frozen):
     rank: Annotated[int, Field(ge=1)]
     relative_norm: float
     base_sha256: dict[str, Sha256]
-    result_sha256: Sha256
-    achieved: float
+    result_sha256: Sha256 | None
+    achieved: float | None
     dtype: str
     diagnostics: dict[str, float] | None = None
 
@@ -86,8 +87,43 @@ class TensorRecord(_Frozen):
     sha256: Sha256
 
 
+class WantedRecord(_Frozen):
+    """One request's rows in `pairs.safetensors`; see `diffedit.pairs.Wanted`."""
+
+    rows: Annotated[int, Field(ge=0)]
+    count: Annotated[int, Field(ge=0)]
+    group: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
+class HeldRecord(WantedRecord):
+    """One preserved name's rows; see `diffedit.pairs.Held`."""
+
+    name: str
+
+
+class PairsRecord(_Frozen):
+    """How `pairs.safetensors` is laid out at one site.
+
+    Attributes:
+        wanted: per request, in the requests' order.
+        held: per preserved name.
+        weight_norm: Frobenius norm of the unedited weight.
+        tensors: the site's tensors, by name.
+    """
+
+    wanted: tuple[WantedRecord, ...]
+    held: tuple[HeldRecord, ...]
+    weight_norm: float
+    tensors: dict[str, TensorRecord]
+
+
 class Manifest(_Frozen):
-    """Everything about an edit but its numbers."""
+    """Everything about an edit but its numbers.
+
+    Attributes:
+        pairs: per site name, what `pairs.safetensors` holds; empty for edits without it.
+        parents: ids of the edits that this one was composed, scaled or taken from, sorted.
+    """
 
     format: str = FORMAT
     format_version: str = FORMAT_VERSION
@@ -102,6 +138,8 @@ class Manifest(_Frozen):
     base: BaseRecord
     versions: dict[str, str]
     tensors: dict[str, TensorRecord]
+    pairs: dict[str, PairsRecord] = {}
+    parents: tuple[Sha256, ...] = ()
 
     @property
     def location(self) -> Location:

@@ -6,6 +6,8 @@ files:
     edit file   text_encoder.text_model.encoder.layers.0.self_attn.out_proj.up / .down
     flat        encoder.layers.0.self_attn.out_proj                     modules of transformers >= 5.6
     kohya       lora_te_text_model_encoder_layers_0_self_attn_out_proj
+
+In the UNet it is diffusers' own name, which never changed (`mid_block.attentions.0.transformer_blocks.0.attn2.to_k`).
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from diffedit.site import EditSite
 
 UP, DOWN = ".up", ".down"
 
-# kohya's prefix per pipeline component. A UNet will be "lora_unet"; the encoders of SDXL are "lora_te1" and "lora_te2".
-KOHYA_PREFIX: Mapping[str, str] = {"text_encoder": "lora_te"}
+# kohya's prefix per pipeline component. (The encoders of SDXL are "lora_te1" and "lora_te2".)
+KOHYA_PREFIX: Mapping[str, str] = {"text_encoder": "lora_te", "unet": "lora_unet"}
 
 _NESTING = "text_model."
+_CANONICAL = {"text_encoder": (_NESTING,), "unet": ("down_blocks.", "mid_block.", "up_blocks.")}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 
@@ -40,10 +43,10 @@ def kohya_name(site: EditSite) -> str:
 
 
 def flat_path(site: EditSite) -> str:
-    """The module's path in a text encoder of transformers >= 5.6, which lost the level `text_model`.
+    """The module's path as transformers >= 5.6 has it: the text encoder lost the level `text_model`, the UNet nothing.
 
     Raises:
-        UnsupportedModelError: the component is not a text encoder, or its path is not nested.
+        UnsupportedModelError: no adapter layout is known for the component, or the path is not the canonical one.
     """
     return _known(site).path.removeprefix(_NESTING)
 
@@ -63,12 +66,14 @@ def hub_id(source: str) -> str | None:
 def _known(site: EditSite) -> EditSite:
     if site.component not in KOHYA_PREFIX:
         raise UnsupportedModelError(
-            "adapter files can hold edits of the text encoder only",
+            "adapter files can hold edits of the text encoder and the UNet only",
             value=site.name,
             hint="use the edit file, or export the merged model",
         )
-    if not site.path.startswith(_NESTING):
+    if not site.path.startswith(_CANONICAL[site.component]):
         raise UnsupportedModelError(
-            "the site's path is not the canonical one", value=site.name, cause=f"it does not start with {_NESTING!r}"
+            "the site's path is not the canonical one",
+            value=site.name,
+            cause=f"it does not start with {' or '.join(map(repr, _CANONICAL[site.component]))}",
         )
     return site

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +27,7 @@ _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _TEMPORARY = re.compile(r"\.diffedit-(\d{1,10})-([0-9a-f]{8})[0-9a-f]{16}\.tmp")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_TRIES = 64
 _HINTS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -124,21 +125,63 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(first))
 
 
-def read_regular(path: Path, limit: int) -> bytes:
+def read_regular(path: Path | str, limit: int, *, folder: int | None = None) -> bytes:
     """At most `limit` bytes of a regular file; never blocks on a named pipe.
 
     `stat` comes first, since opening a device may act on it; `fstat` on what was opened decides.
 
+    Args:
+        path: the file.
+        limit: in bytes.
+        folder: descriptor of an open folder that a relative `path` is looked up in.
+
     Raises:
         OSError: not a regular file, or the system refused.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not stat.S_ISREG(os.stat(path, dir_fd=folder).st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as file:
+    with open(os.open(path, flags, dir_fd=folder), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         return file.read(limit)
+
+
+def read_together(folder: Path, names: Sequence[str], limit: int) -> dict[str, bytes]:
+    """Files of one folder, all as one save left them; those that are not there are left out.
+
+    A save swaps whole folders, so names that are looked up one after the other could belong to two of them. Here the
+    folder is opened once, the names are looked up in what was opened, and that must still be the folder of this name
+    afterwards: a folder that was swapped out is being removed. Where the system cannot look up names in an open
+    folder, as on Windows, the files are read one by one.
+
+    Args:
+        folder: the folder.
+        names: of the files.
+        limit: most bytes of one file.
+
+    Raises:
+        OSError: no such folder, a file is not a regular one, or the system refused.
+    """
+    if os.open not in os.supports_dir_fd:
+        return _read_those(folder, names, limit, None)
+    for _ in range(_TRIES):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            found = _read_those(None, names, limit, descriptor)
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return found
+        finally:
+            os.close(descriptor)
+    raise OSError(errno.EBUSY, "other programs keep replacing the folder", str(folder))
+
+
+def _read_those(folder: Path | None, names: Sequence[str], limit: int, descriptor: int | None) -> dict[str, bytes]:
+    found = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            found[name] = read_regular(name if folder is None else folder / name, limit, folder=descriptor)
+    return found
 
 
 def _alive(pid: int) -> bool:

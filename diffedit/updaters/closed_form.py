@@ -7,11 +7,14 @@ Source: Basu et al. 2023 (arXiv 2310.13730), eq. 8 and 9, for the first two term
     end-of-text and padding positions carry every prompt's meaning and outnumber the subject 75 to 1; wanted values
     also replace the word's own embedding in the residual stream (`values="stream"`); other concepts can be
     preserved. `quickfix-published` restores the released behaviour.
+
+The pairs that a solve starts from stay with its result (`Delta.pairs`): with them edits can be composed, taken apart
+and scaled later, without the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -20,12 +23,14 @@ from pydantic import Field
 from diffedit.delta import Delta, Diagnostics, LowRank
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.solve import ridge_factors
+from diffedit.pairs import Pairs
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role
-from diffedit.updaters.values import KeyValues, PairWeights, ValueKind, key_values
+from diffedit.updaters.values import PairWeights, Recipe, ValueKind, key_values
 
 FLOAT32_TOL = 1e-7
-EOS_WEIGHT = 0.1
+TAIL_WEIGHT = 0.1
+PAIR_TOL = 0.1
 
 
 class QuickFix(Updater):
@@ -38,67 +43,67 @@ class QuickFix(Updater):
         eos_weight: weight of the end-of-text pair. It closes a leak (that position reads the subject's embedding by
             itself, before the edit) but every prompt ends there, so it disturbs others unless they are preserved. Left
             out: 0.1 for objects if others are preserved, else 0.
-        padding_weight: weight of each padding pair; strong, and the first cause of collateral damage.
+        padding_weight: weight of each padding pair, which leaks the same way. Alone it is the first cause of collateral
+            damage; beside preserved concepts, whose padding is held as well, it helps both sides. Left out: as above.
         preserve_weight: weight of each preserve key; larger holds them stiller at the cost of the edit.
+        pair_tol: prompts around one subject ask for nearly the same; what differs by less than this share is left out.
+            Larger makes smaller files, 0 keeps one row for each pair.
     """
 
     name = "quickfix"
     reference = "Basu et al. 2023, arXiv 2310.13730, Diff-QuickFix"
     roles: ClassVar[tuple[Role, ...]] = (Role.TEXT_SELF_ATTN_OUT, Role.TEXT_MLP_OUT)
+    preserves = True
 
     lam: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     values: ValueKind = "stream"
     subject_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     eos_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    padding_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    padding_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     preserve_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    pair_tol: float = Field(default=PAIR_TOL, ge=0, lt=1)
 
     _keep_bias: ClassVar[bool] = False
 
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:
         """One joint solve of all requests at each site of the location."""
-        eos_weight = self.eos_weight
-        if eos_weight is None:
-            held = all(request.preserve and request.kind == "object" for request in requests)
-            eos_weight = EOS_WEIGHT if held else 0.0
-        weights = PairWeights(self.subject_weight, eos_weight, self.padding_weight)
-        pairs = key_values(
-            backend,
-            [self._prepared(request) for request in requests],
-            location.sites,
-            location.tokens,
-            weights=weights,
-            kind=self.values,
-            keep_bias=self._keep_bias,
-        )
+        prepared = [self._prepared(request) for request in requests]
+        weights = [self._weights(request) for request in prepared]
+        recipe = Recipe(self.values, self.pair_tol, self._keep_bias)
+        return self.solve_pairs(key_values(backend, prepared, location.sites, location.tokens, weights, recipe))
+
+    def solve_pairs(self, pairs: Mapping[EditSite, Pairs]) -> Delta:
+        """The same solve from pairs that were collected before."""
         factors: dict[EditSite, LowRank] = {}
         diagnostics: dict[EditSite, Diagnostics] = {}
         for site, data in pairs.items():
-            factors[site], diagnostics[site] = self._solve_site(backend, site, data)
-        return Delta(factors, diagnostics)
+            factors[site], diagnostics[site] = self._solve_site(data)
+        return Delta(factors, diagnostics, pairs)
 
     def _prepared(self, request: Request) -> Request:
         return request
 
-    def _solve_site(self, backend: Backend, site: EditSite, data: KeyValues) -> tuple[LowRank, Diagnostics]:
-        solution = ridge_factors(
-            data.keys,
-            data.values - data.current,
-            lam=self.lam,
-            weights=data.weights,
-            preserve=data.preserve,
-            preserve_weights=self.preserve_weight * data.preserve_weights,
+    def _weights(self, request: Request) -> PairWeights:
+        tail = TAIL_WEIGHT if request.preserve and request.kind == "object" else 0.0
+        return PairWeights(
+            self.subject_weight,
+            tail if self.eos_weight is None else self.eos_weight,
+            tail if self.padding_weight is None else self.padding_weight,
         )
+
+    def _solve_site(self, data: Pairs) -> tuple[LowRank, Diagnostics]:
+        keys, residuals, held = data.stack()
+        still = held.new_full((held.shape[0],), self.preserve_weight)
+        solution = ridge_factors(keys, residuals, lam=self.lam, preserve=held, preserve_weights=still)
         change = LowRank(solution.up, solution.down).compress(FLOAT32_TOL)
-        norm = float(torch.linalg.vector_norm(backend.weight(site).detach(), dtype=torch.float64))
         return change.to(torch.float32), Diagnostics(
             condition=solution.condition,
             effective_rank=solution.effective_rank,
             residual=solution.residual,
             preserve_drift=solution.preserve_drift,
-            relative_norm=change.norm() / norm,
-            pairs=data.keys.shape[0],
-            preserved=data.preserve.shape[0],
+            relative_norm=change.norm() / data.weight_norm if data.weight_norm else float("inf"),
+            pairs=sum(entry.count for entry in data.wanted),
+            preserved=sum(entry.count for entry in data.held),
         )
 
 
@@ -107,10 +112,12 @@ class QuickFixPublished(QuickFix):
 
     name = "quickfix-published"
     reference = "Basu et al. 2023, arXiv 2310.13730, as released (use_eos = 1, reg = 0.01)"
+    preserves = False
 
     values: ValueKind = "module"
     eos_weight: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
-    padding_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    padding_weight: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
+    pair_tol: float = Field(default=0.0, ge=0, lt=1)
 
     _keep_bias: ClassVar[bool] = True
     _templates: ClassVar[tuple[str, ...]] = ("{}", "photo of {}", "image of {}", "picture of {}")

@@ -15,7 +15,7 @@ from .common import to_uint8
 from .pictures import JITTER, Pictures
 from .world import BACKGROUNDS, OBJECTS, STYLES
 
-NOISE = 0.5  # most noise on the latents of a copy, whose own spread is 1: a denoiser's pictures are softer than drawings
+NOISE = 0.5  # most noise on a copy's latents, whose own spread is 1: a denoiser's pictures are softer than drawings
 
 
 def blur(pictures: torch.Tensor, kernel: int) -> torch.Tensor:

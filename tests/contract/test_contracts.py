@@ -15,7 +15,7 @@ from diffedit.delta import Delta, LowRank
 from diffedit.interfaces import Activations
 from diffedit.locators.fixed import FixedLocator
 from diffedit.request import make_request
-from diffedit.site import Location, TokenRule
+from diffedit.site import Location, Role, TokenRule
 from diffedit.testing import ContractError, check_backend, check_locator, check_updater, model_state, unchanged
 from diffedit.updaters.closed_form import QuickFix
 
@@ -44,7 +44,7 @@ def test_backends(backend):
 @pytest.mark.parametrize("name", BUILT_IN["locators"])
 def test_locators(backend, name):
     location = check_locator(registry.build("locators", name), backend, REQUESTS)
-    assert location.sites[0] in backend.sites()
+    assert location.sites[0] in backend.sites(*Role)
 
 
 @pytest.mark.parametrize("name", BUILT_IN["updaters"])

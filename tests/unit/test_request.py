@@ -40,7 +40,7 @@ REFUSED = {
     "templates as text": (dict(templates="a {}"), RequestError, "templates is not valid: 'a {}'"),
     "template with a control character": (dict(templates=["a\x07 {}"]), RequestError, "control characters"),
     "fractional seed": (dict(seed=1.5), RequestError, "seed is not valid: 1.5"),
-    "unknown field": (dict(strength=2), RequestError, "strength is not valid: 2"),
+    "unknown field": (dict(power=2), RequestError, "power is not valid: 2"),
     "surrogate": (dict(subject="\ud83d"), RequestError, "surrogate"),
     "special token": (dict(target="cat <|endoftext|>"), RequestError, "special token"),
 }

@@ -18,6 +18,7 @@ from diffedit.request import Request
 from diffedit.site import EditSite, Role, TokenRule
 
 PATHS = {Role.TEXT_SELF_ATTN_OUT: "self_attn.out_proj", Role.TEXT_MLP_OUT: "mlp.fc2"}
+CROSS = {Role.UNET_CROSS_ATTN_K: "to_k", Role.UNET_CROSS_ATTN_V: "to_v"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +30,9 @@ def one_thread() -> Iterator[None]:
 
 
 def site(layer: int, role: Role, d_out: int, d_in: int, component: str = "text_encoder") -> EditSite:
+    if role in CROSS:
+        path = f"down_blocks.{layer}.attentions.0.transformer_blocks.0.attn2.{CROSS[role]}"
+        return EditSite("unet", path, layer, role, d_out, d_in)
     return EditSite(component, f"text_model.encoder.layers.{layer}.{PATHS[role]}", layer, role, d_out, d_in)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from diffedit.io.card import model_card
+import diffedit
+from diffedit.io.card import Metric, model_card
 from diffedit.io.files import EDIT_FILE
 from diffedit.io.lora import KOHYA_FILE, PEFT_FILE
 from diffedit.io.markdown import escape, table
@@ -97,7 +99,42 @@ def test_escaped_text_reads_the_same_and_makes_no_markup(text: str) -> None:
     assert squeeze(cell.text.strip().removeprefix("head")) == readable(text)
     line = render(f"before {escape(text)} after")
     assert line.tags == ["p"] and squeeze(line.text) == squeeze(f"before {readable(text)} after")
-    assert "\n" not in escape(text) and not set("<>|`[]*_@:/") & set(escape(text))
+    for around in ("# a {}", "a *{}* b", "> a {}", "- a {}\n- b", "[a {}](x)", "| a |\n| --- |\n| {} |"):
+        structure = render(around.replace("{}", "plain")).tags
+        assert render(around.replace("{}", escape(text) or "plain")).tags == structure
+    assert "\n" not in escape(text) and not set("<>|`[]*@\\") & set(escape(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "text_encoder.text_model.encoder.layers.0.self_attn.out_proj",
+        '{"eos_weight": 0.1, "values": "module", "tokens": ["last"]}'.replace("[", "(").replace("]", ")"),
+        "Basu et al. 2023, arXiv 2310.13730, as released (use_eos = 1, reg = 0.01)",
+        'a photo of a {}, 50% off; "it\'s fine" - R & B! 16:9, 1/2, e+5?',
+    ],
+)
+def test_what_means_nothing_stays_readable_in_the_file(text: str) -> None:
+    assert escape(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("_it_", "&#95;it&#95;"),
+        ("a_b", "a_b"),
+        ("C#", "C&#35;"),
+        ("http://x", "http&#58;//x"),
+        ("www.x", "www&#46;x"),
+        ("a :smile: b", "a &#58;smile: b"),
+        ("&lt;", "&#38;lt;"),
+        ("{{ x }} {% y %}", "&#123;{ x }} &#123;% y %}"),
+        ("me@x", "me&#64;x"),
+        ("$x$", "&#36;x&#36;"),
+    ],
+)
+def test_what_could_mean_something_does_not(text: str, shown: str) -> None:
+    assert escape(text) == shown
 
 
 def test_the_renderer_would_show_an_attack() -> None:
@@ -117,6 +154,9 @@ def test_front_matter(make_edit: Any) -> None:
     assert front_matter(card) == {
         "base_model": "some-user/some-model",
         "base_model_relation": "adapter",
+        "license": "other",
+        "license_name": "as-the-base-model",
+        "license_link": "https://huggingface.co/some-user/some-model",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "stable-diffusion", "lora", "diffusers", "model-editing", "diffedit"],
@@ -180,3 +220,58 @@ def test_only_files_that_are_there_are_explained(make_edit: Any) -> None:
 def test_the_same_manifest_gives_the_same_card(make_edit: Any) -> None:
     manifest = make_edit().manifest
     assert model_card(manifest, FILES) == model_card(manifest, dict(reversed(FILES.items())))
+
+
+@pytest.mark.parametrize(
+    ("source", "licence"),
+    [
+        ("CompVis/stable-diffusion-v1-4", "creativeml-openrail-m"),
+        ("stabilityai/stable-diffusion-2-1", "openrail++"),
+        ("builtin:emoji", "cc-by-4.0"),
+        ("my-folder", None),
+    ],
+)
+def test_the_licence_follows_the_base(source: str, licence: str | None, make_edit: Any) -> None:
+    card = model_card(make_edit(source=source).manifest, FILES)
+    assert front_matter(card).get("license") == licence
+    section = card.split("## Licence\n")[1].split("##")[0]
+    assert (licence or "not recorded") in section and "licence of the base model applies" in section
+
+
+def test_the_bundled_models_own_card_says_the_same_licence() -> None:
+    own = Path(diffedit.__file__).parent / "assets" / "emoji" / "README.md"
+    assert front_matter(own.read_text(encoding="utf-8"))["license"] == "cc-by-4.0"
+
+
+def test_the_paper_is_a_link(make_edit: Any) -> None:
+    manifest = make_edit().manifest
+    plugin = manifest.updater.model_copy(update={"reference": "A et al. 2023, arXiv 2310.13730 <b>, arXiv x](y)"})
+    card = model_card(manifest.model_copy(update={"updater": plugin}), FILES)
+    assert "[arXiv:2310.13730](https://arxiv.org/abs/2310.13730)" in card
+    assert render(card.split("---\n", 2)[2]).tags.count("a") == render(model_card(manifest, FILES)).tags.count("a") + 1
+
+
+def test_numbers_stand_there_only_if_there_are_any(make_edit: Any) -> None:
+    manifest = make_edit().manifest
+    assert "Nothing was measured" in model_card(manifest, FILES)
+    metrics = [
+        Metric("subject shown", 0.02, base=0.97, interval=(0.001, 0.0706), n=100, how="a judge | <b>"),
+        Metric("others shown", 0.9),
+    ]
+    card = model_card(manifest, FILES, metrics=metrics)
+    assert "| subject shown | 0.97 | 0.02 | 0.001 to 0.0706 | 100 | a judge &#124; &#60;b&#62; |" in card
+    assert "| others shown |  | 0.9 |  |  |  |" in card and "Nothing was measured" not in card
+
+
+def test_the_hub_reads_the_front_matter(make_edit: Any) -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(model_card(make_edit(source="CompVis/stable-diffusion-v1-4").manifest, FILES)).data
+    assert (data.base_model, data.license) == ("CompVis/stable-diffusion-v1-4", "creativeml-openrail-m")
+    assert data.to_dict()["base_model_relation"] == "adapter" and data.pipeline_tag == "text-to-image"
+
+
+def test_an_edit_that_met_no_model_has_no_result_to_show(make_edit: Any) -> None:
+    manifest = make_edit().manifest
+    sites = tuple(site.model_copy(update={"result_sha256": None, "achieved": None}) for site in manifest.sites)
+    assert model_card(manifest.model_copy(update={"sites": sites}), FILES).count("not applied yet") == 2

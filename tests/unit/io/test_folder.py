@@ -1,17 +1,16 @@
-"""Folders and files appear whole or not at all: every failing system call, every moment of a kill, several writers."""
+"""Folders and files appear whole or not at all: every failing system call, several writers.
+
+Processes that are killed are in `tests/reliability/kills.py`.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import random
-import signal
 import stat
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from diffedit.errors import OutputExistsError, StorageError
 from diffedit.io import folder, storage
 from diffedit.io.files import EDIT_FILE
 from diffedit.io.folder import write_file, write_folder
+from tests.reliability.faults import Fault, Faults
 
 OLD = {EDIT_FILE: b"old" * 100, "README.md": b"old card"}
 NEW = {EDIT_FILE: b"new" * 200, "pytorch_lora_weights.safetensors": b"new lora", "unet/adapter_config.json": b"{}"}
@@ -220,31 +220,6 @@ def test_destinations_that_cannot_be(path: str, tmp_path: Path, monkeypatch: pyt
 
 # --- every system call fails once -------------------------------------------------------------------------------------
 
-CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "link", "chmod", "listdir", "stat")
-MODULES = ("diffedit.io.folder", "diffedit.io.storage", "diffedit.io.destination")
-
-
-class Faults:
-    """Counts the calls that our modules make through `os` (nobody else's), and lets number `at` fail."""
-
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, at: int, fail: Callable[[], None], calls: tuple[str, ...] = CALLS
-    ) -> None:
-        self.count, self.at, self.fail = 0, at, fail
-        for name in calls:
-            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
-        monkeypatch.setattr(folder, "exchange", self.wrap(folder.exchange))
-
-    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **keywords: Any) -> Any:
-            if sys._getframe(1).f_globals.get("__name__") in MODULES:
-                self.count += 1
-                if self.count == self.at:
-                    self.fail()
-            return call(*args, **keywords)
-
-        return wrapped
-
 
 def prepare(kind: str, root: Path) -> Callable[[], Path]:
     """The save to try in `root`; whatever it needs is made first."""
@@ -267,21 +242,21 @@ def prepare(kind: str, root: Path) -> Callable[[], Path]:
 KINDS = ("new folder", "new parents", "empty folder", "overwrite", "overwrite without swap", "new file", "replace file")
 
 
-def no_space() -> None:
+def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def read_only() -> None:
+def read_only(*_: object) -> None:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-def interrupt() -> None:
+def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("fail", [no_space, read_only, interrupt])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_call_that_fails_leaves_the_old_state(kind: str, fail: Callable[[], None], tmp_path: Path) -> None:
+def test_every_call_that_fails_leaves_the_old_state(kind: str, fail: Fault, tmp_path: Path) -> None:
     failures = 0
     for at in range(1, 200):
         root = tmp_path / str(at)
@@ -365,91 +340,7 @@ def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"x"
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def child(work: Callable[[], None]) -> Iterator[int]:
-    """A forked process that runs `work` and is reaped; it never returns into pytest."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    try:
-        yield pid
-    finally:
-        os.waitpid(pid, 0)
-
-
-def check_after_kill(root: Path, expected: list[dict[str, bytes]]) -> None:
-    """One of the expected contents is there, whole, and the next save sweeps the litter."""
-    path = root / "edit"
-    present = (
-        {name: content for name, content in snapshot(path).items() if content is not None} if path.exists() else {}
-    )
-    assert present in expected, sorted(present)
-    write_folder(root / "other", OLD)
-    assert set(os.listdir(root)) <= {"edit", "other"}
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["new folder", "overwrite"])
-def test_killed_at_every_call(kind: str, tmp_path: Path) -> None:
-    old = [OLD] if kind == "overwrite" else [{}]
-    litter = killed = 0
-    for at in range(1, 200):
-        root = tmp_path / str(at)
-        root.mkdir()
-        save = prepare(kind, root)
-
-        def work(save: Callable[[], Path] = save, at: int = at, root: Path = root) -> None:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                Faults(monkeypatch, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
-                save()
-            (root / "done").touch()
-
-        with child(work):
-            pass
-        if (root / "done").exists():
-            break
-        killed += 1
-        litter += any(name.startswith(".diffedit-") for name in os.listdir(root))
-        check_after_kill(root, [*old, NEW])
-    else:
-        pytest.fail("the save never ran to its end")
-    assert killed > 15 and litter > 8  # the control: kills do leave litter, so the sweep was needed
-
-
-def kill_at_random(points: int, seed: int, tmp_path: Path) -> None:
-    rng = random.Random(seed)
-    contents = [{EDIT_FILE: bytes([i]) * 200_000, "README.md": bytes([i]) * 1000} for i in (1, 2)]
-    for point in range(points):
-        root = tmp_path / str(point)
-        root.mkdir()
-        write_folder(root / "edit", contents[0])
-
-        def work(root: Path = root) -> None:
-            while True:
-                for content in contents:
-                    write_folder(root / "edit", content, overwrite=True)
-
-        with child(work) as pid:
-            time.sleep(rng.random() * 0.05)
-            os.kill(pid, signal.SIGKILL)
-        check_after_kill(root, contents)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    kill_at_random(25, 0, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_at_many_random_moments(tmp_path: Path) -> None:
-    kill_at_random(1000, 1, tmp_path)
+# --- the sweep; tests/reliability/kills.py makes real litter by killing processes -------------------------------------
 
 
 def test_the_sweep_spares_the_living_other_hosts_and_strangers(tmp_path: Path) -> None:

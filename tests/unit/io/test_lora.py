@@ -18,6 +18,7 @@ from diffedit.io.names import flat_path, hub_id, kohya_name, tensor_names
 from diffedit.site import EditSite, Role
 
 OUT, FC2 = Role.TEXT_SELF_ATTN_OUT, Role.TEXT_MLP_OUT
+KEY, VALUE = Role.UNET_CROSS_ATTN_K, Role.UNET_CROSS_ATTN_V
 KOHYA = "lora_te_text_model_encoder_layers_{}_{}"
 
 
@@ -124,6 +125,39 @@ def test_peft_has_every_tensor_under_both_names(make_edit: Any) -> None:
     assert metadata(files["adapter_model.safetensors"]) == {"diffedit": edit.manifest.edit_id, "format": "pt"}
 
 
+def test_the_unet_has_a_folder_of_its_own_for_peft_and_shares_the_kohya_file(make_edit: Any) -> None:
+    edit = make_edit([(0, OUT, 4, 4, 1), (0, KEY, 6, 5, 3), (1, VALUE, 6, 5, 2)], backend="sd2")
+    files = peft_files(edit.delta, edit.manifest)
+    assert sorted(files) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "unet/adapter_config.json",
+        "unet/adapter_model.safetensors",
+    ]
+    assert json.loads(files["adapter_config.json"])["target_modules"] == ["encoder.layers.0.self_attn.out_proj"]
+    paths = [place.path for place in edit.delta.sites if place.component == "unet"]
+    assert json.loads(files["unet/adapter_config.json"])["target_modules"] == paths
+    unet = safetensors.torch.load(files["unet/adapter_model.safetensors"])
+    assert sorted(unet) == sorted(f"base_model.model.{path}.lora_{which}.weight" for path in paths for which in "AB")
+    kohya = safetensors.torch.load(kohya_file(edit.delta, edit.manifest))
+    assert {name.partition("_")[0] + "_" + name.split("_")[1] for name in kohya} == {"lora_te", "lora_unet"}
+    assert {float(tensor) for name, tensor in kohya.items() if name.endswith(".alpha")} == {3.0}
+    assert {tensor.shape[1] for name, tensor in kohya.items() if ".lora_up." in name} == {3}
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    assert f"{name}.lora_down.weight" in kohya
+    companions = {n.partition(".")[0] for n in kohya if "proj" in n}
+    assert len(companions) == 4 and all(n.startswith("lora_te_") for n in companions)
+
+
+def test_an_edit_of_the_unet_alone_leaves_the_text_encoders_files_out(make_edit: Any) -> None:
+    edit = make_edit([(0, KEY, 6, 5, 2)])
+    assert sorted(peft_files(edit.delta, edit.manifest)) == [
+        "unet/adapter_config.json",
+        "unet/adapter_model.safetensors",
+    ]
+    assert all(name.startswith("lora_unet_") for name in safetensors.torch.load(kohya_file(edit.delta, edit.manifest)))
+
+
 def test_a_path_of_somebodys_machine_is_not_published(make_edit: Any) -> None:
     edit = make_edit(source="/home/somebody/secret-model")
     files = peft_files(edit.delta, edit.manifest)
@@ -131,19 +165,21 @@ def test_a_path_of_somebodys_machine_is_not_published(make_edit: Any) -> None:
     assert not any(b"somebody" in data for data in (*files.values(), kohya_file(edit.delta, edit.manifest)))
 
 
-@pytest.mark.parametrize("component", ["unet", "text_encoder_2", "vae"])
+@pytest.mark.parametrize("component", ["text_encoder_2", "vae"])
 def test_other_components_are_refused(component: str, make_edit: Any) -> None:
     edit = make_edit(component=component)
     for write in (kohya_file, peft_files):
-        with pytest.raises(UnsupportedModelError, match="text encoder only"):
+        with pytest.raises(UnsupportedModelError, match="text encoder and the UNet only"):
             write(edit.delta, edit.manifest)
 
 
 def test_a_path_that_is_not_canonical_is_refused(make_edit: Any) -> None:
     edit = make_edit()
     flat = EditSite("text_encoder", "encoder.layers.0.self_attn.out_proj", 0, OUT, 3, 2)
-    with pytest.raises(UnsupportedModelError, match="canonical"):
-        kohya_file(Delta({flat: LowRank(torch.ones(3, 1), torch.ones(1, 2))}), edit.manifest)
+    original = EditSite("unet", "input_blocks.1.1.transformer_blocks.0.attn2.to_k", 0, KEY, 3, 2)
+    for place in (flat, original):
+        with pytest.raises(UnsupportedModelError, match="canonical"):
+            kohya_file(Delta({place: LowRank(torch.ones(3, 1), torch.ones(1, 2))}), edit.manifest)
 
 
 @pytest.mark.parametrize(

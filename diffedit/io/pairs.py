@@ -1,0 +1,122 @@
+"""`pairs.safetensors`: what an edit was solved from, beside the edit, for composing it with others later.
+
+    <site>.keys       [n, d_in]     rows of all requests, in order
+    <site>.residuals  [n, d_out]
+    <site>.held       [m, d_in]     rows of all preserved names, in order (left out if there are none)
+
+How many rows belong to whom stands in the edit's manifest, and so do the hashes: the file means nothing without its
+edit. Who only wants the change itself does not need it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffedit.errors import IntegrityError, MalformedArtifactError, StorageError
+from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, unpack
+from diffedit.io.files import tensor_records, tensor_sha256
+from diffedit.io.manifest import HeldRecord, Manifest, PairsRecord, WantedRecord
+from diffedit.io.storage import read_regular
+from diffedit.pairs import Held, Pairs, Wanted
+from diffedit.site import EditSite
+
+PAIRS_FILE = "pairs.safetensors"
+
+
+def pairs_to_tensors(site: EditSite, pairs: Pairs) -> dict[str, Tensor]:
+    """One site's rows under their names in the file, on the CPU."""
+    tensors = {
+        f"{site.name}.keys": torch.cat([entry.keys for entry in pairs.wanted]),
+        f"{site.name}.residuals": torch.cat([entry.residuals for entry in pairs.wanted]),
+    }
+    if pairs.held:
+        tensors[f"{site.name}.held"] = torch.cat([entry.keys for entry in pairs.held])
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def pairs_records(pairs: Mapping[EditSite, Pairs]) -> dict[str, PairsRecord]:
+    """What the manifest says about the pairs, by site name."""
+    return {
+        site.name: PairsRecord(
+            wanted=tuple(WantedRecord(rows=len(e.keys), count=e.count, group=e.group) for e in data.wanted),
+            held=tuple(HeldRecord(rows=len(e.keys), count=e.count, group=e.group, name=e.name) for e in data.held),
+            weight_norm=data.weight_norm,
+            tensors=tensor_records(pairs_to_tensors(site, data)),
+        )
+        for site, data in pairs.items()
+    }
+
+
+def pairs_file(pairs: Mapping[EditSite, Pairs], manifest: Manifest) -> bytes:
+    """The bytes of `pairs.safetensors`; the same pairs give the same bytes."""
+    tensors: dict[str, Tensor] = {}
+    for site, data in pairs.items():
+        tensors |= pairs_to_tensors(site, data)
+    return pack({"diffedit": manifest.edit_id}, tensors)
+
+
+def read_pairs(folder: Path, manifest: Manifest) -> dict[EditSite, Pairs]:
+    """The pairs of an edit, checked against its manifest; empty if the edit has none or the file is not there.
+
+    Raises:
+        IntegrityError: they are not the ones that the manifest describes.
+        MalformedArtifactError: the file is damaged.
+        StorageError: it cannot be read.
+    """
+    path = folder / PAIRS_FILE
+    if not manifest.pairs or not os.path.lexists(path):
+        return {}
+    try:
+        data = read_regular(path, MAX_FILE + 1)
+    except OSError as error:
+        raise StorageError("the pairs cannot be read", value=ascii(str(path)), cause=error.strerror) from error
+    _, tensors = unpack(data, str(path))
+    known = {name: record for site in manifest.pairs.values() for name, record in site.tensors.items()}
+    for name in sorted(known.keys() | tensors.keys()):
+        record, tensor = known.get(name), tensors.get(name)
+        if (
+            record is None
+            or tensor is None
+            or (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (record.dtype, record.shape)
+            or tensor_sha256(tensor) != record.sha256
+        ):
+            raise IntegrityError(
+                f"{PAIRS_FILE} does not belong to its edit",
+                value=ascii(name),
+                cause="it was changed, or taken from another edit",
+                hint="restore it, or delete it: then the edit still applies but does not compose",
+            )
+    sites = {record.site.name: record.site for record in manifest.sites}
+    return {
+        sites[name]: _pairs(name, record, tensors, len(manifest.requests)) for name, record in manifest.pairs.items()
+    }
+
+
+def _pairs(name: str, record: PairsRecord, tensors: Mapping[str, Tensor], requests: int) -> Pairs:
+    """One site's rows, dealt out to requests and preserved names."""
+    keys, residuals = tensors.get(f"{name}.keys"), tensors.get(f"{name}.residuals")
+    held = tensors.get(f"{name}.held")
+    wanted_rows, held_rows = [entry.rows for entry in record.wanted], [entry.rows for entry in record.held]
+    if (
+        keys is None
+        or residuals is None
+        or len(record.wanted) != requests
+        or sum(wanted_rows) != len(keys)
+        or sum(wanted_rows) != len(residuals)
+        or sum(held_rows) != (len(held) if held is not None else 0)
+    ):
+        raise MalformedArtifactError("the rows of the pairs do not add up", value=ascii(name))
+    wanted = tuple(
+        Wanted(k, r, entry.count, entry.group)
+        for k, r, entry in zip(
+            torch.split(keys, wanted_rows), torch.split(residuals, wanted_rows), record.wanted, strict=True
+        )
+    )
+    parts = torch.split(held, held_rows) if held is not None else ()
+    kept = tuple(Held(e.name, e.group, k, e.count) for k, e in zip(parts, record.held, strict=True))
+    return Pairs(wanted, kept, record.weight_norm)

@@ -1,0 +1,208 @@
+"""What an edit was solved from: the keys and residuals of each request at one site, in as few rows as they take.
+
+The ridge solve reads its pairs (k_i, r_i, s_i) only through K^T S K and K^T S R. So the rows of a request may be
+replaced by fewer that give the same two products: with U the left singular vectors of M = [sqrt(S) K, rho sqrt(S) R],
+
+    K' = U^T sqrt(S) K,    R' = U^T sqrt(S) R,    all weights 1,
+
+exact if U spans the columns of M, and off by at most `tol`^2 of M's energy per row where singular values below `tol`
+of the largest are left out. Prompts around one subject differ little, so some twenty templates come down to a handful
+of rows: these *are* the edit's keys, and its rank.
+
+Each request is reduced by itself and each preserved name by itself. That is what makes edits an algebra: pairs of
+edits that were made at different times stand beside each other as they would have in one solve, and any one can be
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffedit.errors import ContradictionError, RequestError
+
+_SAME = 1e-9
+DISAGREE = 1e-3  # of what is wanted; pairs are kept in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """One request at one site.
+
+    Attributes:
+        keys: [r, d_in], weights folded in.
+        residuals: [r, d_out], wanted minus present output, bias removed, weights folded in.
+        count: pairs that the rows stand for.
+        group: which prompts were put around the subject and how token kinds were weighted; see `Held`.
+    """
+
+    keys: Tensor
+    residuals: Tensor
+    count: int
+    group: str
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """One preserved name at one site: keys whose outputs must stay.
+
+    Attributes:
+        name: the name.
+        group: requests of one group would hold the same keys for the same name, so those count once.
+        keys: [m, d_in], weights folded in.
+        count: keys that the rows stand for.
+    """
+
+    name: str
+    group: str
+    keys: Tensor
+    count: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes two entries the same one."""
+        return self.name.casefold(), self.group
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Everything that a solve needs at one site.
+
+    Attributes:
+        wanted: one entry per request, in the requests' order.
+        held: preserved names, each once.
+        weight_norm: Frobenius norm of the unedited weight.
+    """
+
+    wanted: tuple[Wanted, ...]
+    held: tuple[Held, ...]
+    weight_norm: float
+
+    def stack(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [n, d_in], residuals [n, d_out] and preserve keys [m, d_in] of all entries, float64."""
+        keys = torch.cat([entry.keys for entry in self.wanted]).double()
+        residuals = torch.cat([entry.residuals for entry in self.wanted]).double()
+        held = [entry.keys.double() for entry in self.held]
+        return keys, residuals, torch.cat(held) if held else keys[:0]
+
+    def scale(self, factors: Sequence[float]) -> Pairs:
+        """Residuals times one factor per request; the solve is linear in them."""
+        scaled = (
+            replace(entry, residuals=(entry.residuals.double() * factor).to(entry.residuals.dtype))
+            for entry, factor in zip(self.wanted, factors, strict=True)
+        )
+        return replace(self, wanted=tuple(scaled))
+
+    def select(self, chosen: Sequence[int], preserve: Sequence[Collection[str]], edited: Iterable[str]) -> Pairs:
+        """The pairs of some requests only.
+
+        Args:
+            chosen: which requests, in the new order.
+            preserve: per chosen request, the names it preserves.
+            edited: names that some chosen request edits: what is edited is not preserved.
+        """
+        wanted = tuple(self.wanted[i] for i in chosen)
+        keys = {(name.casefold(), entry.group) for names, entry in zip(preserve, wanted, strict=True) for name in names}
+        taken = {name.casefold() for name in edited}
+        kept = (entry for entry in self.held if entry.key in keys and entry.name.casefold() not in taken)
+        return replace(self, wanted=wanted, held=tuple(kept))
+
+    def __add__(self, other: Pairs) -> Pairs:
+        """Both sides' requests in one solve; a name that both hold in the same way counts once."""
+        known = {entry.key for entry in self.held}
+        fresh = tuple(entry for entry in other.held if entry.key not in known)
+        return replace(self, wanted=self.wanted + other.wanted, held=self.held + fresh)
+
+
+def reduce_rows(keys: Tensor, residuals: Tensor, weights: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """The fewest rows that stand for these pairs; see the module's text.
+
+    Args:
+        keys: [n, d_in], float64.
+        residuals: [n, d_out], float64; no columns for preserve keys.
+        weights: [n].
+        tol: singular values below `tol` of the largest are left out; 0 keeps the rows as they are.
+
+    Returns:
+        keys [r, d_in] and residuals [r, d_out], weights folded in.
+    """
+    root = weights.sqrt()[:, None]
+    keys, residuals = keys * root, residuals * root
+    if tol == 0.0:
+        return keys, residuals
+    size = float(torch.linalg.vector_norm(residuals))
+    rho = float(torch.linalg.vector_norm(keys)) / size if size > 0 else 0.0
+    stacked = torch.cat([keys, rho * residuals], 1)
+    energy, left = torch.linalg.eigh(stacked @ stacked.T)
+    rows = left[:, energy > (tol**2) * energy[-1]].flip(1).T
+    return rows @ keys, rows @ residuals
+
+
+def check_contradictions(pairs: Pairs, names: Sequence[str]) -> None:
+    """Refuse two requests that want different values for one key: an average would satisfy neither.
+
+    Compares every request with every other; the time grows with the square of their number.
+
+    Args:
+        pairs: of one site.
+        names: the subject of each request, for the message.
+
+    Raises:
+        ContradictionError: the key spaces of two requests share a direction and disagree on its value.
+    """
+    if len(pairs.wanted) != len(names):
+        raise RequestError("pairs and requests do not match", value=f"{len(pairs.wanted)} and {len(names)}")
+    bases = [_basis(entry) for entry in pairs.wanted]
+    for a, first in enumerate(bases):
+        others = bases[a + 1 :]
+        if not others:
+            break
+        rows = [len(other) for other in others]
+        overlap = torch.split((torch.cat(others) @ first.T).square().sum(1), rows)
+        for b, shared in enumerate(overlap, a + 1):
+            # the sum of all squared cosines is at least the largest one
+            if float(shared.sum()) > 1 - _SAME and disagreement(pairs.wanted[a], pairs.wanted[b]) > DISAGREE:
+                raise ContradictionError(
+                    "two subjects ask the same key for different values",
+                    value=f"{names[a]!r} and {names[b]!r}",
+                    hint="remove one of the two subjects, or give both the same target",
+                )
+
+
+def main_keys(entries: Sequence[Wanted]) -> Tensor:
+    """[len, d_in] float64 unit vectors: each request's strongest key direction."""
+    main = []
+    for entry in entries:
+        keys = entry.keys.double()
+        _, left = torch.linalg.eigh(keys @ keys.T)
+        direction = left[:, -1] @ keys
+        main.append(torch.nn.functional.normalize(direction * torch.sign(direction @ keys.sum(0)), dim=0))
+    return torch.stack(main)
+
+
+def disagreement(first: Wanted, second: Wanted) -> float:
+    """How far two requests differ on the keys that both have: |gap| / |wanted|, 0 when they share no key."""
+    q_a, q_b = _basis(first), _basis(second)
+    if len(q_a) + len(q_b) > first.keys.shape[1]:
+        return 0.0  # such spaces share directions whatever they hold
+    left, cosine, right = torch.linalg.svd(q_a @ q_b.T)
+    worst = 0.0
+    for i in (cosine > 1 - _SAME).nonzero().flatten().tolist():
+        wants = []
+        for direction, entry in ((left[:, i] @ q_a, first), (right[i] @ q_b, second)):
+            mix = torch.linalg.lstsq(entry.keys.double().T, direction[:, None], driver="gelsd").solution[:, 0]
+            wants.append(mix @ entry.residuals.double())
+        scale = max(float(torch.linalg.vector_norm(want)) for want in wants)
+        apart = float(torch.linalg.vector_norm(wants[0] - wants[1]))
+        worst = max(worst, apart / scale if scale > 0 else 0.0)
+    return worst
+
+
+def _basis(entry: Wanted) -> Tensor:
+    """[r, d_in]: an orthonormal basis of the space that a request's keys span."""
+    _, sigma, right = torch.linalg.svd(entry.keys.double(), full_matrices=False)
+    basis: Tensor = right[sigma > 1e-6 * sigma[0]]
+    return basis

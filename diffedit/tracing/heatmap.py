@@ -1,0 +1,91 @@
+"""The picture of a causal trace: effect per layer and token, readable on paper and without colour.
+
+Columns are layers in running order, rows are token positions, one panel per kind of part. Light means nothing, dark
+much; negative effects are hatched. Cells whose interval lies above zero carry their number; the best one has a frame.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffedit.errors import RequestError, StorageError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from diffedit.locators.table import Effect, TraceTable
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+_MOST_NUMBERS = 16
+_TITLES = {"signed": "indirect effect", "absolute": "absolute indirect effect", "raw": "score of the restored run"}
+
+
+def draw(table: TraceTable, path: Path, effect: Effect) -> Path:
+    """Write the heat map to `path`; see `CausalTrace.plot`."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise RequestError("a plot is a .png, .svg or .pdf file", value=repr(path.name))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedModelError(
+            "plots need matplotlib", hint="install it with: python -m pip install 'diffedit[eval]'"
+        )
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(part.kind for part in table.parts))
+    scores = table.scores(effect)
+    most = max(sum(part.kind == kind for part in table.parts) for kind in kinds)
+    rows = len(table.columns)
+    figure = Figure(figsize=(2.6 + 0.62 * max(most, 5), 1.5 + len(kinds) * (0.75 + 0.42 * rows)), layout="constrained")
+    panels: Any = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
+    low, high = (0.0, float(np.nanmax(np.abs(scores)))) if effect != "raw" else _span(scores)
+    for panel, kind in zip(panels, kinds, strict=True):
+        _panel(panel, table, scores, kind, (low, high), effect, numbers=most <= _MOST_NUMBERS)
+    image = panels[0].images[0]
+    figure.colorbar(image, ax=list(panels), shrink=0.8, label=_TITLES[effect])
+    total = table.total_effect
+    prompts = len({(unit.prompt, unit.subject) for unit in table.units})
+    figure.suptitle(
+        f"{table.component}: total effect {total.mean:.3g} [{total.low:.3g}, {total.high:.3g}], "
+        f"{prompts} prompts, {len(table.units)} runs",
+        fontsize=10,
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise StorageError("the plot cannot be written", value=repr(str(path)), cause=str(error)) from error
+    return path
+
+
+def _panel(
+    panel: Any, table: TraceTable, scores: Any, kind: str, span: tuple[float, float], effect: str, *, numbers: bool
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    index = [i for i, part in enumerate(table.parts) if part.kind == kind]
+    values = scores[index].T
+    panel.imshow(np.abs(values) if effect == "signed" else values, cmap="Greys", vmin=span[0], vmax=span[1])
+    panel.set_xticks(range(len(index)), [str(table.parts[i].layer) for i in index], fontsize=8)
+    panel.set_yticks(range(len(table.columns)), [name.replace("_", " ") for name in table.columns], fontsize=8)
+    panel.set_title(kind.replace("_", "-"), fontsize=9, loc="left")
+    panel.set_xlabel("layer" if table.window == 1 else f"first layer of {table.window}", fontsize=8)
+    width = len(table.columns)
+    best = divmod(int(np.nanargmax(scores)), width)
+    for x, part in enumerate(index):
+        for y in range(width):
+            state, value = table.states[part * width + y], scores[part, y]
+            if np.isnan(value):
+                continue
+            if effect == "signed" and value < 0:
+                panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", lw=0, ec="0.5"))
+            if numbers and state.causal:
+                dark = abs(value) - span[0] > 0.55 * (span[1] - span[0])
+                text = f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.0e}"
+                panel.text(x, y, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+            if (part, y) == best:
+                panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=2, ec="black"))
+
+
+def _span(scores: Any) -> tuple[float, float]:
+    return float(np.nanmin(scores)), float(np.nanmax(scores))
