@@ -20,7 +20,7 @@ from diffedit.delta import Delta
 from diffedit.errors import NotAppliedError, RequestError, StorageError
 from diffedit.io.adapters import Exported, export_adapters
 from diffedit.io.card import model_card
-from diffedit.io.files import delta_to_tensors, encode_edit, read_edit, tensors_to_delta
+from diffedit.io.files import delta_to_tensors, encode_edit
 from diffedit.io.folder import write_folder
 from diffedit.io.hub import pull
 from diffedit.io.hub_calls import Patience
@@ -28,7 +28,7 @@ from diffedit.io.hub_push import Pushed, push
 from diffedit.io.lora import kohya_file, peft_files
 from diffedit.io.manifest import Manifest
 from diffedit.io.names import hub_id
-from diffedit.io.pairs import PAIRS_FILE, pairs_file, read_pairs
+from diffedit.io.pairs import PAIRS_FILE, pairs_file, read_folder
 from diffedit.request import Request
 
 if TYPE_CHECKING:
@@ -142,15 +142,11 @@ class Edit:
         """Read an edit from its folder (or its `edit.safetensors`) without any model; every byte is checked.
 
         Raises:
-            MalformedArtifactError, IntegrityError, UnsupportedVersionError, UnsafeFormatError, StorageError.
+            ArtifactError: it is damaged, foreign, or cannot be read.
         """
         if not isinstance(path, str | os.PathLike):
             raise StorageError("an edit is loaded from a path", value=type(path).__name__, hint="name its folder")
-        where = Path(os.path.expanduser(path))
-        manifest, tensors = read_edit(where)
-        delta = tensors_to_delta(manifest, tensors)
-        pairs = read_pairs(where if where.is_dir() else where.parent, manifest)
-        return cls(manifest, Delta(delta.factors, {}, pairs))
+        return cls(*read_folder(Path(os.path.expanduser(path))))
 
     @classmethod
     def from_pretrained(

@@ -287,9 +287,10 @@ class Editor:
         return self.backend.save(Path(path).expanduser(), overwrite=overwrite)
 
     def _apply(self, edit: Edit, trial: Mapping[EditSite, Trial] | None = None) -> Edit:
-        self.ledger.apply(edit.id, edit.delta, trial)
+        if edit.id not in self.ledger.active:
+            self._edits[edit.id] = edit  # first: whatever the ledger holds can then be listed
         edit.bind(self.ledger)
-        self._edits[edit.id] = edit
+        self.ledger.apply(edit.id, edit.delta, trial)
         return edit
 
 

@@ -68,6 +68,7 @@ class Vocabulary:
         nouns: general nouns that may serve as automatic targets.
         templates: prompt templates of objects with one "{}" that the model was trained on, without the final article.
         style_templates: prompt templates of styles with one "{}".
+        scene_templates: prompt templates of objects with text after the "{}".
     """
 
     objects: tuple[str, ...] = ()
@@ -77,6 +78,7 @@ class Vocabulary:
     nouns: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     style_templates: tuple[str, ...] = ()
+    scene_templates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

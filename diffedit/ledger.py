@@ -147,13 +147,26 @@ class Ledger:
             yield
             return
         with self._exclusive():
-            active = dict(self._active)
-            sites = tuple(dict.fromkeys(site for delta in active.values() for site in delta.sites))
+            books = (self._base, self._written, self._active)
+            sites = tuple(dict.fromkeys(site for delta in self._active.values() for site in delta.sites))
+            live = {site: self._backend.weight(site).detach() for site in sites}
+            before = {site: weight.clone() for site, weight in live.items()}
             self._rewrite({}, sites)
+            foreign = False
             try:
                 yield
             finally:
-                self._rewrite(active, sites)
+                try:
+                    for site in sites:
+                        self.check(site)
+                except ForeignChangeError:
+                    foreign = True
+                    raise
+                finally:
+                    if not foreign:  # from the copies: computing them again could fail, and the edits would be lost
+                        for site, weight in live.items():
+                            weight.copy_(before[site])
+                        self._base, self._written, self._active = books
 
     def check(self, site: EditSite) -> None:
         """Raise `ForeignChangeError` unless the live weight is what the ledger wrote (or was never touched)."""

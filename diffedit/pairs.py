@@ -136,8 +136,13 @@ def reduce_rows(keys: Tensor, residuals: Tensor, weights: Tensor, tol: float) ->
     size = float(torch.linalg.vector_norm(residuals))
     rho = float(torch.linalg.vector_norm(keys)) / size if size > 0 else 0.0
     stacked = torch.cat([keys, rho * residuals], 1)
-    energy, left = torch.linalg.eigh(stacked @ stacked.T)
-    rows = left[:, energy > (tol**2) * energy[-1]].flip(1).T
+    if stacked.shape[0] <= stacked.shape[1]:
+        energy, left = torch.linalg.eigh(stacked @ stacked.T)
+        rows = left[:, energy > (tol**2) * energy[-1]].flip(1).T
+    else:  # the same left vectors, from the smaller of the two Gram matrices
+        energy, right = torch.linalg.eigh(stacked.T @ stacked)
+        kept = energy > (tol**2) * energy[-1]
+        rows = (stacked @ (right[:, kept] / energy[kept].sqrt())).flip(1).T
     return rows @ keys, rows @ residuals
 
 

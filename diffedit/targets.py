@@ -1,9 +1,11 @@
 """What the user left unsaid: the kind of a subject, the prompts around it, and what takes its place.
 
-A style is dropped: "a picture in the style of X" is to read as "a picture in the style of a picture". An object becomes
-its category if the model's vocabulary files it under one, else the nearest general noun ("Snoopy" -> "dog"), nearest by
-cosine in the model's own text encoder, among the vocabulary's categories or a bundled list. The choice and its reason
-are written into the edit.
+A style is dropped: "a picture in the style of X" is to read as "a picture in the style of a picture". An object
+becomes its category if the model's vocabulary files it under one ("dog" -> "animal"). A category of a few members
+would bring the subject back by itself, for "a vehicle" is drawn as a bus every so often: then the nearest other
+member takes its place. Anything else becomes the nearest general noun ("Snoopy" -> "dog"), among the vocabulary's
+categories or a bundled list. Nearest is by cosine in the model's own text encoder. The choice and its reason are
+written into the edit.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from diffedit.text import noun, with_article
 logger = logging.getLogger("diffedit")
 
 STYLE_TARGET = "picture"
+FEW_MEMBERS = 10
 
 
 @cache
@@ -54,7 +57,7 @@ def default_templates(kind: Kind, vocabulary: Vocabulary) -> tuple[str, ...]:
     if kind == "style":
         return tuple(dict.fromkeys((*STYLE_TEMPLATES, *vocabulary.style_templates)))
     own = (template.replace("{}", "a {}") for template in vocabulary.templates if template != "{}")
-    return tuple(dict.fromkeys((*OBJECT_TEMPLATES, *own)))
+    return tuple(dict.fromkeys((*OBJECT_TEMPLATES, *own, *vocabulary.scene_templates)))
 
 
 def default_preserve(kind: Kind, edited: Collection[Any], vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -98,19 +101,30 @@ class TargetChooser:
         """
         if request.kind == "style":
             return STYLE_TARGET, f"a style is dropped: {STYLE_TARGET!r} takes its place"
-        filed = self._backend.model.vocabulary.categories.get(request.subject.casefold())
-        if filed is not None and filed not in avoid:
-            return filed, f"the model's vocabulary files {request.subject!r} under {filed!r}"
-        taken = {name.casefold() for name in (*request.names, *request.preserve, *avoid)}
-        cosine = self._candidates @ self._encode((request.subject,))[0]
-        scored = sorted(
-            (-float(c), word) for word, c in zip(self.nouns, cosine, strict=True) if word.casefold() not in taken
-        )
-        if not scored:
+        taken = {name.casefold() for name in (*request.names, *avoid)}
+        vocabulary = self._backend.model.vocabulary
+        filed = vocabulary.categories.get(request.subject.casefold())
+        if filed is not None and filed.casefold() not in taken:
+            members = [name for name in vocabulary.objects if vocabulary.categories.get(name.casefold()) == filed]
+            said = f"the model's vocabulary files {request.subject!r} under {filed!r}"
+            others = tuple(name for name in members if name.casefold() not in taken)
+            if len(members) >= FEW_MEMBERS or not others:
+                return filed, said
+            target, near = self._nearest(request.subject, others, self._encode(others))
+            return target, f"{said}, which has only {len(members)} members; {near}"
+        taken |= {name.casefold() for name in request.preserve}
+        chosen = [i for i, word in enumerate(self.nouns) if word.casefold() not in taken]
+        if not chosen:
             raise RequestError(
                 "no general noun is left to choose from", value=repr(request.subject), hint="name a target"
             )
-        reason = f"nearest of {len(scored)} general nouns by the model's own text encoder, cosine {-scored[0][0]:.2f}"
+        nouns = tuple(self.nouns[i] for i in chosen)
+        return self._nearest(request.subject, nouns, self._candidates[chosen])
+
+    def _nearest(self, subject: str, words: tuple[str, ...], vectors: Tensor) -> tuple[str, str]:
+        cosine = (vectors @ self._encode((subject,))[0]).tolist()
+        scored = sorted((-c, word) for word, c in zip(words, cosine, strict=True))
+        reason = f"nearest of {len(scored)} nouns by the model's own text encoder, cosine {-scored[0][0]:.2f}"
         if len(scored) > 1:
             reason += f"; next {scored[1][1]!r}, {-scored[1][0]:.2f}"
         return scored[0][1], reason

@@ -234,6 +234,15 @@ def _read_vocabulary(path: Path) -> tuple[Vocabulary, Sampling]:
                 for form in templates.get("style", ())
                 for scene in scenes
             ),
+            scene_templates=tuple(
+                forms[i % len(forms)].replace("{object}", "a {}").replace(slot, word)
+                for forms, slot, words in (
+                    (templates.get("style", ()), "{style}", data.get("styles", ())),
+                    (templates.get("background", ()), "{background}", data.get("backgrounds", ())),
+                )
+                if forms
+                for i, word in enumerate([*words][::2])
+            ),
         )
         return vocabulary, Sampling(data.get("steps", 50), data.get("guidance", 7.5), data.get("pixels"))
     except (ValueError, TypeError, AttributeError) as error:

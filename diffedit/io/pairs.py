@@ -17,15 +17,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffedit.delta import Delta
 from diffedit.errors import IntegrityError, MalformedArtifactError, StorageError
 from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, unpack
-from diffedit.io.files import tensor_records, tensor_sha256
+from diffedit.io.files import read_edit, tensor_records, tensor_sha256, tensors_to_delta
 from diffedit.io.manifest import HeldRecord, Manifest, PairsRecord, WantedRecord
 from diffedit.io.storage import read_regular
 from diffedit.pairs import Held, Pairs, Wanted
 from diffedit.site import EditSite
 
 PAIRS_FILE = "pairs.safetensors"
+
+_KEY = "diffedit"
+_TRIES = 20
+_HINT = "restore it, or delete it: then the edit still applies but does not compose"
 
 
 def pairs_to_tensors(site: EditSite, pairs: Pairs) -> dict[str, Tensor]:
@@ -57,7 +62,29 @@ def pairs_file(pairs: Mapping[EditSite, Pairs], manifest: Manifest) -> bytes:
     tensors: dict[str, Tensor] = {}
     for site, data in pairs.items():
         tensors |= pairs_to_tensors(site, data)
-    return pack({"diffedit": manifest.edit_id}, tensors)
+    return pack({_KEY: manifest.edit_id}, tensors)
+
+
+def read_folder(path: Path) -> tuple[Manifest, Delta]:
+    """An edit with its pairs, from its folder or its `edit.safetensors`.
+
+    The two files are read one after the other. If the folder is replaced in between, they do not belong together; then
+    both are read again.
+
+    Raises:
+        ArtifactError: see `read_edit` and `read_pairs`.
+    """
+    folder = path if path.is_dir() else path.parent
+    for _ in range(_TRIES):
+        manifest, tensors = read_edit(path)
+        try:
+            pairs = read_pairs(folder, manifest)
+        except IntegrityError:
+            if read_edit(path)[0].edit_id == manifest.edit_id:
+                raise
+            continue
+        return manifest, Delta(tensors_to_delta(manifest, tensors).factors, {}, pairs)
+    raise StorageError("the folder is being replaced all the time", value=ascii(str(path)), hint="try again later")
 
 
 def read_pairs(folder: Path, manifest: Manifest) -> dict[EditSite, Pairs]:
@@ -75,8 +102,10 @@ def read_pairs(folder: Path, manifest: Manifest) -> dict[EditSite, Pairs]:
         data = read_regular(path, MAX_FILE + 1)
     except OSError as error:
         raise StorageError("the pairs cannot be read", value=ascii(str(path)), cause=error.strerror) from error
-    _, tensors = unpack(data, str(path))
+    metadata, tensors = unpack(data, str(path))
     known = {name: record for site in manifest.pairs.values() for name, record in site.tensors.items()}
+    if metadata != {_KEY: manifest.edit_id}:
+        raise IntegrityError(f"{PAIRS_FILE} names another edit", value=ascii(metadata)[:120], hint=_HINT)
     for name in sorted(known.keys() | tensors.keys()):
         record, tensor = known.get(name), tensors.get(name)
         if (
@@ -89,18 +118,25 @@ def read_pairs(folder: Path, manifest: Manifest) -> dict[EditSite, Pairs]:
                 f"{PAIRS_FILE} does not belong to its edit",
                 value=ascii(name),
                 cause="it was changed, or taken from another edit",
-                hint="restore it, or delete it: then the edit still applies but does not compose",
+                hint=_HINT,
             )
     sites = {record.site.name: record.site for record in manifest.sites}
+    if not manifest.pairs.keys() <= sites.keys():
+        raise MalformedArtifactError("the edit has pairs of no site", value=ascii(sorted(manifest.pairs))[:120])
     return {
-        sites[name]: _pairs(name, record, tensors, len(manifest.requests)) for name, record in manifest.pairs.items()
+        sites[name]: _pairs(sites[name], record, tensors, len(manifest.requests))
+        for name, record in manifest.pairs.items()
     }
 
 
-def _pairs(name: str, record: PairsRecord, tensors: Mapping[str, Tensor], requests: int) -> Pairs:
+def _pairs(site: EditSite, record: PairsRecord, tensors: Mapping[str, Tensor], requests: int) -> Pairs:
     """One site's rows, dealt out to requests and preserved names."""
+    name = site.name
     keys, residuals = tensors.get(f"{name}.keys"), tensors.get(f"{name}.residuals")
     held = tensors.get(f"{name}.held")
+    shapes = [(keys, site.d_in), (residuals, site.d_out), (held, site.d_in)]
+    if any(tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != width) for tensor, width in shapes):
+        raise MalformedArtifactError("the pairs do not fit the layer", value=ascii(name))
     wanted_rows, held_rows = [entry.rows for entry in record.wanted], [entry.rows for entry in record.held]
     if (
         keys is None

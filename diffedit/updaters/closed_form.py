@@ -29,8 +29,8 @@ from diffedit.site import EditSite, Location, Role
 from diffedit.updaters.values import PairWeights, Recipe, ValueKind, key_values
 
 FLOAT32_TOL = 1e-7
-TAIL_WEIGHT = 0.1
-PAIR_TOL = 0.1
+TAIL_WEIGHT = 0.3
+PAIR_TOL = 0.05
 
 
 class QuickFix(Updater):
@@ -40,9 +40,9 @@ class QuickFix(Updater):
         lam: larger keeps the old weights and weakens the edit; keys of norm well above sqrt(lam) are fitted exactly.
         values: `stream` also cancels the source word's embedding after the layer, `module` leaves it (the paper).
         subject_weight: weight of the pairs that the location's token rule selects.
-        eos_weight: weight of the end-of-text pair. It closes a leak (that position reads the subject's embedding by
-            itself, before the edit) but every prompt ends there, so it disturbs others unless they are preserved. Left
-            out: 0.1 for objects if others are preserved, else 0.
+        eos_weight: weight of each pair after the subject, up to the end-of-text token. They close a leak (those
+            positions read the subject's embedding by themselves, before the edit) but every prompt has them, so they
+            disturb others unless those are preserved. Left out: 0.3 for objects if others are preserved, else 0.
         padding_weight: weight of each padding pair, which leaks the same way. Alone it is the first cause of collateral
             damage; beside preserved concepts, whose padding is held as well, it helps both sides. Left out: as above.
         preserve_weight: weight of each preserve key; larger holds them stiller at the cost of the edit.

@@ -43,7 +43,8 @@ class PairWeights:
 
     Attributes:
         subject: tokens that the location's rule selects.
-        eos: the end-of-text token.
+        eos: each token after the subject up to the end-of-text token, which is the only one if the subject ends the
+            prompt.
         padding: each padding position after it.
     """
 
@@ -181,13 +182,14 @@ def _wanted(
 def _pairs(
     s: int, t: int, source: SubjectSpan, target: SubjectSpan, rule: TokenRule, weights: PairWeights, length: int
 ) -> Iterator[_Pair]:
-    """Token pairs of one couple of prompts: subject tokens from the end, then end-of-text, then padding by offset."""
+    """Token pairs of one couple of prompts: subject tokens from the end, then what follows them, by offset."""
     if weights.subject > 0:
         goal = target.positions(rule)
         for back, i in enumerate(reversed(source.positions(rule))):
             yield _Pair(s, t, i, goal[max(len(goal) - 1 - back, 0)], weights.subject)
     if weights.eos > 0 and rule is not TokenRule.EOS:
-        yield _Pair(s, t, source.eos, target.eos, weights.eos)
+        for i, j in zip(range(source.stop, source.eos + 1), range(target.stop, target.eos + 1), strict=False):
+            yield _Pair(s, t, i, j, weights.eos)
     if weights.padding > 0:
         for step in range(1, length - source.eos):
             yield _Pair(s, t, source.eos + step, min(target.eos + step, length - 1), weights.padding)
@@ -247,7 +249,7 @@ def _held(
         if weights.subject > 0:
             kept += [(row, position, weights.subject) for position in span.positions(rule)]
         if weights.eos > 0 and rule is not TokenRule.EOS:
-            kept.append((row, span.eos, weights.eos))
+            kept += [(row, position, weights.eos) for position in range(span.stop, span.eos + 1)]
         if weights.padding > 0:
             kept += [(row, position, weights.padding) for position in range(span.eos + 1, seen.tokens.shape[1])]
     found = {}

@@ -190,7 +190,7 @@ def test_two_revisions_at_once(repo, name, pull):
 
 def test_a_name_that_is_neither_a_folder_nor_a_repository(tmp_path):
     for wrong in ("no-such-folder", "a/b/c", "./no/such", str(tmp_path / "none")):
-        with pytest.raises(HubNotFoundError, match="user/name"):
+        with pytest.raises(StorageError, match="no such file or folder"):
             Edit.from_pretrained(wrong)
 
 

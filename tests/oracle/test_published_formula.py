@@ -102,5 +102,7 @@ def test_weights_of_token_kinds_and_preserve_keys(sd1, layer, lam):
     q, e = (np.array([x[i, ends[i] - back] for x, _, ends in kept for i in range(2)]) for back in (1, 0))
     gram = lam * np.eye(len(weight)) + keys.T @ s @ keys + 3.0 * (2.0 * q.T @ q + 0.5 * e.T @ e)
     wanted = (values - keys @ weight.T).T @ s @ keys @ np.linalg.inv(gram)
-    updater = QuickFix(lam=lam, values="module", pair_tol=0, subject_weight=2.0, eos_weight=0.5, preserve_weight=3.0)
+    updater = QuickFix(
+        lam=lam, values="module", pair_tol=0, subject_weight=2.0, eos_weight=0.5, padding_weight=0, preserve_weight=3.0
+    )
     assert np.linalg.norm(solved(sd1, updater, request) - wanted) <= 1e-5 * np.linalg.norm(wanted)

@@ -29,7 +29,7 @@ ARGUMENTS = {"trust_remote_code", "custom_pipeline", "custom_revision", "allow_p
 FIXED = {"use_safetensors": True}
 # Loaders of diffusers and transformers fall back to pickles unless told not to. Tokenizers and such have no weights.
 LOADERS = {"from_pretrained", "from_single_file"}
-WEIGHTLESS = re.compile(r"(?i)(tokenizer|processor|scheduler)\)?$")
+WEIGHTLESS = re.compile(r"(?i)(^edit|tokenizer|processor|scheduler)\)?$")
 
 
 def dotted(node: ast.AST) -> str:

@@ -65,7 +65,7 @@ def test_the_subject_now_gives_what_the_target_gave(pipeline, values, what):
     prompt, goal = "a photo of a dog", "a photo of a cat"
     wanted = states(pipeline, goal)[what]
     assert gap(states(pipeline, prompt)[what], wanted) > 0.2  # control
-    edit = Editor(pipeline).ablate("dog", target="cat", updater=QuickFix(lam=1e-5, values=values))
+    edit = Editor(pipeline).ablate("dog", target="cat", updater=QuickFix(lam=1e-5, values=values, pair_tol=0))
     assert gap(states(pipeline, prompt)[what], wanted) < 1e-2
     edit.revert()
     assert gap(states(pipeline, prompt)[what], wanted) > 0.2
@@ -82,7 +82,7 @@ def test_larger_lam_weakens_the_edit(sd1):
 
 
 def test_update_list_and_aliases(sd1):
-    editor, updater = Editor(sd1), QuickFix(lam=1e-5)
+    editor, updater = Editor(sd1), QuickFix(lam=1e-5, pair_tol=0)
     goal = states(sd1, "the owl")["stream"]
     edit = editor.update("flag of Peru", "owl", updater=updater)
     assert edit.requests[0].action == "update"
@@ -103,7 +103,8 @@ def test_preserve_holds_another_concept_still(sd1):
     loose = editor.ablate("dog", target="cat")
     moved = gap(states(sd1, "a fox")["output"], before)
     loose.revert()
-    edit = editor.ablate("dog", target="cat", preserve=["fox"], updater=QuickFix(preserve_weight=1e4))
+    updater = QuickFix(preserve_weight=1e4, padding_weight=0, pair_tol=0)
+    edit = editor.ablate("dog", target="cat", preserve=["fox"], updater=updater)
     held = gap(states(sd1, "a fox")["output"], before)
     assert held < 1e-2 * moved
     assert edit.delta.diagnostics[edit.delta.sites[0]].preserved == 2 * len(

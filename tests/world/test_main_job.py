@@ -46,7 +46,7 @@ def test_an_ablated_object_is_gone_and_the_others_stay(editor, scorer):
     assert before >= 0.5  # control: the judge sees dogs where there are dogs (see its README for its own error rate)
     assert after <= before / 4
     # 36 pictures and a judge that misses many of them: this catches wreckage, the benchmark measures the drop.
-    assert sum(kept_after) >= 0.8 * sum(kept_before)
+    assert sum(kept_after) >= 0.9 * sum(kept_before)
     assert edit.requests[0].target in editor.vocabulary.nouns
     assert "files 'dog' under" in edit.manifest.target_reasons[0]
 
@@ -143,7 +143,9 @@ def test_the_vocabulary_names_a_world_large_enough_to_judge_edits(editor):
 def test_the_edit_of_the_bundled_model_is_small_and_reproducible(editor):
     first = editor.ablate("dog")
     digest = hashlib.sha256(b"".join(first.files().values())).hexdigest()
-    assert sum(len(data) for data in first.files().values()) < 120_000
+    sizes = {name: len(data) for name, data in first.files().items()}
+    assert sizes.pop("pairs.safetensors") < 600_000  # of 65 preserved names
+    assert sum(sizes.values()) < 80_000
     first.revert()
     again = editor.ablate("dog")
     assert again.id == first.id
