@@ -110,7 +110,7 @@ class TargetChooser:
             others = tuple(name for name in members if name.casefold() not in taken)
             if len(members) >= FEW_MEMBERS or not others:
                 return filed, said
-            target, near = self._nearest(request.subject, others, self._encode(others))
+            target, near = self._nearest(request.subject, "others", others, self._encode(others))
             return target, f"{said}, which has only {len(members)} members; {near}"
         taken |= {name.casefold() for name in request.preserve}
         chosen = [i for i, word in enumerate(self.nouns) if word.casefold() not in taken]
@@ -119,12 +119,12 @@ class TargetChooser:
                 "no general noun is left to choose from", value=repr(request.subject), hint="name a target"
             )
         nouns = tuple(self.nouns[i] for i in chosen)
-        return self._nearest(request.subject, nouns, self._candidates[chosen])
+        return self._nearest(request.subject, "general nouns", nouns, self._candidates[chosen])
 
-    def _nearest(self, subject: str, words: tuple[str, ...], vectors: Tensor) -> tuple[str, str]:
+    def _nearest(self, subject: str, what: str, words: tuple[str, ...], vectors: Tensor) -> tuple[str, str]:
         cosine = (vectors @ self._encode((subject,))[0]).tolist()
         scored = sorted((-c, word) for word, c in zip(words, cosine, strict=True))
-        reason = f"nearest of {len(scored)} nouns by the model's own text encoder, cosine {-scored[0][0]:.2f}"
+        reason = f"nearest of {len(scored)} {what} by the model's own text encoder, cosine {-scored[0][0]:.2f}"
         if len(scored) > 1:
             reason += f"; next {scored[1][1]!r}, {-scored[1][0]:.2f}"
         return scored[0][1], reason

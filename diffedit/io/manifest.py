@@ -11,7 +11,7 @@ import json
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticSerializationError
 
 from diffedit.delta import Diagnostics
@@ -140,6 +140,12 @@ class Manifest(_Frozen):
     tensors: dict[str, TensorRecord]
     pairs: dict[str, PairsRecord] = {}
     parents: tuple[Sha256, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_reason_each(self) -> Manifest:
+        if not self.requests or len(self.target_reasons) != len(self.requests):
+            raise ValueError(f"{len(self.requests)} requests with {len(self.target_reasons)} reasons")
+        return self
 
     @property
     def location(self) -> Location:

@@ -44,19 +44,30 @@ def test_the_vocabulary_adds_its_own_templates():
     assert "a sketch of a {}" not in default_templates("object", Vocabulary())
 
 
-def with_vocabulary(pipeline):
+def with_vocabulary(pipeline, vocabulary=KNOWN):
     editor = Editor(pipeline)
     loaded = editor.backend.model
-    editor.backend.model = LoadedModel(loaded.pipeline, loaded.source, vocabulary=KNOWN)
+    editor.backend.model = LoadedModel(loaded.pipeline, loaded.source, vocabulary=vocabulary)
     editor._complete = Completer(editor.backend)
     return editor
 
 
 def test_a_filed_object_becomes_its_category(sd1):
-    edit = with_vocabulary(sd1).ablate("dog")
+    many = tuple(f"beast {i}" for i in range(10))
+    edit = with_vocabulary(sd1, Vocabulary(objects=("dog", *many), categories={n: "animal" for n in ("dog", *many)}))
+    edit = edit.ablate("dog")
     assert edit.requests[0].target == "animal"
     assert "files 'dog' under 'animal'" in edit.manifest.target_reasons[0]
-    assert edit.requests[0].preserve == ("fox", "Oak tree")
+    assert edit.requests[0].preserve == many
+
+
+def test_in_a_small_category_it_becomes_the_nearest_other_member(sd1):
+    """The category's own word would bring the subject back every so often."""
+    edit = with_vocabulary(sd1).ablate("dog")
+    assert edit.requests[0].target == "fox"
+    assert "only 2 members; nearest of 1 others" in edit.manifest.target_reasons[0]
+    alone = with_vocabulary(sd1, Vocabulary(objects=("dog",), categories={"dog": "animal"})).ablate("dog")
+    assert alone.requests[0].target == "animal"
 
 
 def test_the_tail_is_paired_only_for_objects_beside_preserved_ones(sd1):
