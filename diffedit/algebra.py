@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from pydantic import ValidationError
 
 from diffedit import registry
 from diffedit.delta import Delta
@@ -184,7 +185,15 @@ def _solved(
 ) -> Part:
     for data in pairs.values():
         check_contradictions(data, [request.subject for request in requests])
-    updater = registry.get("updaters", like.updater.name).model_validate(like.updater.settings)
+    try:
+        updater = registry.get("updaters", like.updater.name).model_validate(like.updater.settings)
+    except ValidationError as error:
+        raise NotComposableError(
+            f"the updater {like.updater.name} does not know the edit's settings",
+            value=str(like.updater.settings)[:120],
+            cause="it was made by another version of the updater",
+            hint="run the requests together on the model: editor.run(requests)",
+        ) from error
     delta = updater.solve_pairs(pairs)
     relative = {site: change.norm() / pairs[site].weight_norm for site, change in delta}
     return _described(like, requests, reasons, delta, relative, parents)

@@ -39,9 +39,15 @@ def show(editor: Editor, edit: Edit, folder: Path, seeds: range, seconds: float)
     saved = edit.save(folder)
     draw_preview(editor, edit, list(seeds)).save(saved / PREVIEW_NAME)
     edit.revert()
-    size = sum(file.stat().st_size for file in saved.iterdir() if file.name != PREVIEW_NAME)
+    sizes = {file.name: file.stat().st_size / 1024 for file in saved.iterdir() if file.name != PREVIEW_NAME}
+    pairs = sizes.pop("pairs.safetensors", 0)
     console.print(f"\n[bold]{escape(edit.summary())}[/]")
-    console.print(f"  solved in {1000 * seconds:.0f} ms, saved as {size / 1024:.0f} KB in [cyan]{folder}[/]")
+    lora = sizes["pytorch_lora_weights.safetensors"]
+    console.print(f"  solved in {1000 * seconds:.0f} ms, saved in [cyan]{folder}[/]")
+    console.print(
+        f"  the LoRA alone {lora:.0f} KB, with the edit's record, PEFT files and card {sum(sizes.values()):.0f} KB"
+        f" (and {pairs:.0f} KB that are only needed to compose it with others)"
+    )
     console.print(f"  picture: [cyan]{folder / PREVIEW_NAME}[/]")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffedit.delta import Delta
-from diffedit.errors import IntegrityError, MalformedArtifactError, StorageError
+from diffedit.errors import IntegrityError, MalformedArtifactError, NonFiniteError, StorageError
 from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, unpack
 from diffedit.io.files import read_edit, tensor_records, tensor_sha256, tensors_to_delta
 from diffedit.io.manifest import HeldRecord, Manifest, PairsRecord, WantedRecord
@@ -120,6 +120,9 @@ def read_pairs(folder: Path, manifest: Manifest) -> dict[EditSite, Pairs]:
                 cause="it was changed, or taken from another edit",
                 hint=_HINT,
             )
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.double().square().sum())):
+            raise NonFiniteError("the pairs are not finite, or too large to be multiplied", value=ascii(name))
     sites = {record.site.name: record.site for record in manifest.sites}
     if not manifest.pairs.keys() <= sites.keys():
         raise MalformedArtifactError("the edit has pairs of no site", value=ascii(sorted(manifest.pairs))[:120])
