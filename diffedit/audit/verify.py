@@ -24,9 +24,9 @@ from diffedit.delta import Delta
 from diffedit.edit import EDIT_FILE, Edit
 from diffedit.errors import DiffEditError, IntegrityError, MalformedArtifactError, RequestError, StorageError
 from diffedit.io.container import MAX_FILE
-from diffedit.io.files import read_edit, tensors_to_delta
+from diffedit.io.files import decode_edit, read_bytes, tensors_to_delta
 from diffedit.io.lora import KOHYA_FILE, PEFT_CONFIG, PEFT_FILE, PEFT_FOLDER
-from diffedit.io.pairs import PAIRS_FILE, read_pairs
+from diffedit.io.pairs import PAIRS_FILE, decode_pairs
 from diffedit.io.storage import read_regular
 from diffedit.io.strict import loads
 
@@ -120,21 +120,21 @@ def verify(
 def _read(folder: Path) -> tuple[Edit | None, list[Check]]:
     """The edit with its pairs, and the checks of both files."""
     try:
-        manifest, tensors = read_edit(folder)
+        file, data, beside = read_bytes(folder, (PAIRS_FILE,))
+        manifest, tensors = decode_edit(data, str(file))
         delta = tensors_to_delta(manifest, tensors)
     except DiffEditError as error:
         return None, [failed(EDIT_FILE, error)]
     detail = f"canonical form, {len(tensors)} tensor hashes, id {manifest.edit_id[:12]}"
     checks = [Check(name=EDIT_FILE, outcome="pass", detail=detail)]
-    if not manifest.pairs:
+    if not manifest.pairs or PAIRS_FILE not in beside:
         return Edit(manifest, delta), checks
     try:
-        pairs = read_pairs(folder, manifest)
+        pairs = decode_pairs(beside[PAIRS_FILE], manifest, str(folder / PAIRS_FILE))
     except DiffEditError as error:
         return Edit(manifest, delta), [*checks, failed(PAIRS_FILE, error)]
-    if pairs:
-        count = sum(len(record.tensors) for record in manifest.pairs.values())
-        checks.append(Check(name=PAIRS_FILE, outcome="pass", detail=f"canonical form, {count} tensor hashes"))
+    count = sum(len(record.tensors) for record in manifest.pairs.values())
+    checks.append(Check(name=PAIRS_FILE, outcome="pass", detail=f"canonical form, {count} tensor hashes"))
     return Edit(manifest, Delta(delta.factors, {}, pairs)), checks
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from diffedit.errors import (
 from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, tensor_bytes, unpack
 from diffedit.io.manifest import FORMAT, FORMAT_VERSION, Manifest, TensorRecord, canonical_json
 from diffedit.io.names import tensor_names
-from diffedit.io.storage import read_regular
+from diffedit.io.storage import read_together
 from diffedit.io.strict import loads
 
 EDIT_FILE = "edit.safetensors"
@@ -198,29 +198,48 @@ def read_edit(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
         UnsafeFormatError: a pickle-based checkpoint.
         ArtifactError: see `decode_edit`.
     """
-    path = Path(path)
-    if path.suffix.lower() in _UNSAFE_SUFFIXES and not path.is_dir():
+    file, data, _ = read_bytes(path)
+    return decode_edit(data, str(file))
+
+
+def read_bytes(path: Path, beside: Sequence[str] = ()) -> tuple[Path, bytes, dict[str, bytes]]:
+    """The bytes of an edit, and of files beside it, all as one save left them.
+
+    Args:
+        path: the edit's folder, or its file.
+        beside: names of other files in the folder; those that are not there are left out.
+
+    Returns:
+        The edit's file, its bytes, and the bytes of the others by name.
+
+    Raises:
+        StorageError, UnsafeFormatError: see `read_edit`.
+    """
+    try:
+        folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError):  # reading says what is wrong
+        folder = False
+    if path.suffix.lower() in _UNSAFE_SUFFIXES and not folder:
         raise UnsafeFormatError(
             "diffedit never opens pickle-based files",
             value=ascii(str(path)),
             cause="loading one may run code",
             hint=f"use the {EDIT_FILE} that diffedit saved",
         )
+    file = path / EDIT_FILE if folder else path
     try:
-        file = path / EDIT_FILE if stat.S_ISDIR(os.stat(path).st_mode) else path
-        data = read_regular(file, MAX_FILE + 1)
-    except FileNotFoundError as error:
-        inside = path.is_dir()
+        found = read_together(file.parent, (file.name, *beside), MAX_FILE + 1)
+        return file, found.pop(file.name), found
+    except (KeyError, FileNotFoundError) as error:
         raise StorageError(
-            f"the folder holds no {EDIT_FILE}" if inside else "there is no such file or folder",
+            f"the folder holds no {EDIT_FILE}" if folder else "there is no such file or folder",
             value=ascii(str(path)),
-            cause="it is a plain adapter or another folder" if inside else None,
+            cause="it is a plain adapter or another folder" if folder else None,
             hint="name a folder that diffedit saved",
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise StorageError("the edit cannot be read", value=ascii(str(path))[:300], cause=reason) from error
-    return decode_edit(data, str(file))
 
 
 def _text(envelope: Mapping[str, Any]) -> str | None:
@@ -250,9 +269,7 @@ def _manifest(content: Any, where: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(content)
         same = canonical_json(manifest.model_dump(mode="json")) == canonical_json(content)
-    except (
-        Exception
-    ) as error:  # validators see a stranger's values and may raise anything; none of it may pass as a crash
+    except Exception as error:  # validators see a stranger's values and may raise anything
         if int(match[2]) > minor:
             raise later from error
         raise MalformedArtifactError(

@@ -10,7 +10,6 @@ edit. Who only wants the change itself does not need it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,18 +17,16 @@ import torch
 from torch import Tensor
 
 from diffedit.delta import Delta
-from diffedit.errors import IntegrityError, MalformedArtifactError, NonFiniteError, StorageError
-from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, unpack
-from diffedit.io.files import read_edit, tensor_records, tensor_sha256, tensors_to_delta
+from diffedit.errors import IntegrityError, MalformedArtifactError, NonFiniteError
+from diffedit.io.container import DTYPE_NAMES, pack, unpack
+from diffedit.io.files import decode_edit, read_bytes, tensor_records, tensor_sha256, tensors_to_delta
 from diffedit.io.manifest import HeldRecord, Manifest, PairsRecord, WantedRecord
-from diffedit.io.storage import read_regular
 from diffedit.pairs import Held, Pairs, Wanted
 from diffedit.site import EditSite
 
 PAIRS_FILE = "pairs.safetensors"
 
 _KEY = "diffedit"
-_TRIES = 20
 _HINT = "restore it, or delete it: then the edit still applies but does not compose"
 
 
@@ -66,43 +63,33 @@ def pairs_file(pairs: Mapping[EditSite, Pairs], manifest: Manifest) -> bytes:
 
 
 def read_folder(path: Path) -> tuple[Manifest, Delta]:
-    """An edit with its pairs, from its folder or its `edit.safetensors`.
-
-    The two files are read one after the other. If the folder is replaced in between, they do not belong together; then
-    both are read again.
+    """An edit with its pairs, from its folder or its `edit.safetensors`, both files as one save left them.
 
     Raises:
-        ArtifactError: see `read_edit` and `read_pairs`.
+        ArtifactError: see `read_edit` and `decode_pairs`.
     """
-    folder = path if path.is_dir() else path.parent
-    for _ in range(_TRIES):
-        manifest, tensors = read_edit(path)
-        try:
-            pairs = read_pairs(folder, manifest)
-        except IntegrityError:
-            if read_edit(path)[0].edit_id == manifest.edit_id:
-                raise
-            continue
-        return manifest, Delta(tensors_to_delta(manifest, tensors).factors, {}, pairs)
-    raise StorageError("the folder is being replaced all the time", value=ascii(str(path)), hint="try again later")
+    file, data, beside = read_bytes(path, (PAIRS_FILE,))
+    manifest, tensors = decode_edit(data, str(file))
+    pairs = {}
+    if manifest.pairs and PAIRS_FILE in beside:
+        pairs = decode_pairs(beside[PAIRS_FILE], manifest, str(file.parent / PAIRS_FILE))
+    return manifest, Delta(tensors_to_delta(manifest, tensors).factors, {}, pairs)
 
 
-def read_pairs(folder: Path, manifest: Manifest) -> dict[EditSite, Pairs]:
-    """The pairs of an edit, checked against its manifest; empty if the edit has none or the file is not there.
+def decode_pairs(data: bytes, manifest: Manifest, where: str) -> dict[EditSite, Pairs]:
+    """The pairs of an edit from the bytes of their file, checked against the edit's manifest.
+
+    Args:
+        data: the whole file.
+        manifest: the edit's.
+        where: the file's name, for messages.
 
     Raises:
         IntegrityError: they are not the ones that the manifest describes.
         MalformedArtifactError: the file is damaged.
-        StorageError: it cannot be read.
+        NonFiniteError: a number is infinite or NaN, or too large to be multiplied.
     """
-    path = folder / PAIRS_FILE
-    if not manifest.pairs or not os.path.lexists(path):
-        return {}
-    try:
-        data = read_regular(path, MAX_FILE + 1)
-    except OSError as error:
-        raise StorageError("the pairs cannot be read", value=ascii(str(path)), cause=error.strerror) from error
-    metadata, tensors = unpack(data, str(path))
+    metadata, tensors = unpack(data, where)
     known = {name: record for site in manifest.pairs.values() for name, record in site.tensors.items()}
     if metadata != {_KEY: manifest.edit_id}:
         raise IntegrityError(f"{PAIRS_FILE} names another edit", value=ascii(metadata)[:120], hint=_HINT)
