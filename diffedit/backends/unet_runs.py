@@ -14,7 +14,7 @@ latents show by then, so a late, high-resolution part can look causal because it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ class UNetRuns:
         images: list[Image] = []
         for rows, keep in _batches(runs, batch_size):
             n = len(rows)
-            with self.evaluating(), quiet(self._pipeline), self._patched(runs, rows):
+            with self.evaluating(), quiet(self._pipeline), _text_read_once(self._unet), self._patched(runs, rows):
                 out = self._pipeline(
                     prompt_embeds=runs.embeddings[rows],
                     negative_prompt_embeds=empty.expand(n, -1, -1),
@@ -183,6 +183,40 @@ class UNetRuns:
             need = "cross-attention of the UNet" if runs.take == "embedding" else "part of the UNet"
             raise UnsupportedModelError(f"a run can only be patched at a {need}", value=f"{part.component} {part.path}")
         return part.path
+
+
+@contextmanager
+def _text_read_once(unet: nn.Module) -> Iterator[None]:
+    """Cross-attention computes keys and values of the text in the first denoising step and keeps them for the others.
+
+    They depend on nothing but the text, which the pipeline hands over as the same tensor in every step. A layer that
+    is given another tensor, as `LocoGen` does, computes them anew.
+    """
+    blocks: list[Any] = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    readers = [block.attn2 for block in blocks if block.attn2 is not None]
+    layers = [layer for reader in readers for layer in (reader.to_k, reader.to_v)]
+    own = [vars(layer).get("forward") for layer in layers]  # libraries that offload weights set one
+
+    def once(forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        kept: list[Tensor] = []  # the text, and what became of it
+
+        def wrapper(text: Tensor) -> Tensor:
+            if not kept or text is not kept[0]:
+                kept[:] = [text, forward(text)]
+            return kept[1]
+
+        return wrapper
+
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = once(layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                vars(layer)["forward"] = forward
 
 
 def _batches(runs: Runs, batch_size: int) -> Iterator[tuple[list[int], int]]:

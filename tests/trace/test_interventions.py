@@ -205,6 +205,33 @@ def test_feeding_every_cross_attention_is_the_other_prompt(backend):
     assert (seen[3] - seen[0]).abs().max() > 1e-6 and (seen[3] - seen[1]).abs().max() > 1e-6
 
 
+def test_pictures_drawn_while_reading_another_text(backend):
+    states = backend.embed(["a cat", PROMPT])
+    cross = find_parts(everything(backend, "unet"), ("cross_attn",))
+    runs = Runs("a cat", 1, states[[0, 1, 1]], ((), (), cross), take="embedding")
+    seen = pixels(backend.sample(runs, steps=3, guidance=3.0, batch_size=8))
+    assert np.array_equal(seen[2], seen[0])
+    assert not np.array_equal(seen[1], seen[0])
+
+
+def test_the_text_is_read_once_and_the_layers_are_left_as_they_were(backend, text):
+    layers = [module for name, module in backend.model.pipeline.unet.named_modules() if name.endswith("attn2.to_k")]
+    first, stock, calls = layers[0], layers[0].forward, []
+
+    def offloading(*args):  # what accelerate puts in a layer's place
+        calls.append(args)
+        return stock(*args)
+
+    first.forward = offloading
+    try:
+        backend.sample(unet_runs(backend, text, []), steps=3, guidance=3.0, batch_size=4)
+        assert len(calls) == 1
+        assert vars(first)["forward"] is offloading
+        assert not any("forward" in vars(layer) for layer in layers[1:])
+    finally:
+        del first.forward
+
+
 class Stop(BaseException):
     """Stands for Ctrl-C: not an `Exception`."""
 
@@ -235,6 +262,7 @@ def test_weights_hooks_and_modes_are_as_before_whatever_happens(backend, text, e
                     run()
             else:
                 run()
+        assert not any("forward" in vars(child) for child in module.modules())
         if handle:
             handle.remove()
 
