@@ -73,12 +73,19 @@ def main() -> None:
     parser.add_argument("--per-other", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=900_000)
     parser.add_argument("--updater", default="quickfix")
+    parser.add_argument(
+        "--preserve",
+        choices=["all", "half"],
+        default="all",
+        help="half: preserve every second of the other objects and measure the rest, which nothing protects",
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, handlers=[RichHandler()], format="%(message)s")
 
     editor, scorer = Editor("builtin:emoji"), Scorer.load("builtin:emoji-scorer")
     objects = editor.vocabulary.objects
-    cases = args.out / f"ablation-{args.updater}"
+    title = f"ablation-{args.updater}" + ("-half" if args.preserve == "half" else "")
+    cases = args.out / title
     cases.mkdir(parents=True, exist_ok=True)
     before: dict[str, list[bool]] | None = None
     for subject in track(args.subjects or objects, description="subjects"):
@@ -90,7 +97,9 @@ def main() -> None:
             before = recognised(scorer, draw(editor, objects, args.per_other, args.first_seed), objects)
         others = [name for name in objects if name != subject]
         fresh = recognised(scorer, draw(editor, [subject], args.images, args.first_seed), objects)[subject]
-        edit = editor.ablate(subject, updater=args.updater)
+        preserve = None if args.preserve == "all" else others[::2]
+        edit = editor.ablate(subject, updater=args.updater, preserve=preserve)
+        others = others if args.preserve == "all" else others[1::2]
         seen = scorer.name_objects(draw(editor, [subject], args.images, args.first_seed)[subject], objects)
         after = recognised(scorer, draw(editor, others, args.per_other, args.first_seed), objects)
         editor.revert()
@@ -110,7 +119,7 @@ def main() -> None:
         }
         write_file(path, json.dumps(result, indent=2).encode(), overwrite=True)
         logger.info("%s -> %s: left %d of %d", subject, result["target"], result["left"]["hits"], args.images)
-    summarise(cases, args.out / f"ablation-{args.updater}.md")
+    summarise(cases, args.out / f"{title}.md")
 
 
 def summarise(cases: Path, out: Path) -> None:
@@ -119,12 +128,14 @@ def summarise(cases: Path, out: Path) -> None:
     head = (
         "subject",
         "target",
+        "became",
         "recognised before",
         "left after",
         "gone, 95%",
         "others before",
         "others after",
         "kept",
+        "lost in a picture",
     )
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
@@ -132,12 +143,14 @@ def summarise(cases: Path, out: Path) -> None:
         cells = (
             row["subject"],
             row["target"],
+            ", ".join(f"{name} {count}" for name, count in row["became"][:2]),
             f"{row['before']['share']:.0%}",
             f"{left['hits']} of {left['n']}",
             f"{1 - left['high']:.0%} to {1 - left['low']:.0%}",
             f"{first['share']:.1%}",
             f"{last['share']:.1%}",
             f"{last['share'] / first['share']:.1%}",
+            ", ".join(row["others_lost"]) or "none",
         )
         lines.append(f"| {' | '.join(cells)} |")
     passed = sum(_passed(row) for row in rows)

@@ -65,7 +65,8 @@ def once(work: Callable[[], Any]) -> float:
 def alternate(pipeline: Any, runs: int) -> tuple[list[float], list[float]]:
     """Seconds of `runs` edits and of `runs` textbook edits, taken in turn."""
     editor = Editor(pipeline)
-    module = editor.backend._module(editor.backend.sites()[0])
+    modules = pipeline.text_encoder.named_modules()
+    module = next(module for name, module in modules if name.endswith("layers.0.self_attn.out_proj"))
     ours, theirs = [], []
     for _ in range(runs):
         ours.append(once(lambda: editor.ablate("dog", target="cat", templates=TEMPLATES)))

@@ -49,6 +49,7 @@ from diffedit.errors import (
     NotAppliedError,
     RequestError,
     StorageError,
+    SwallowedError,
 )
 from diffedit.ledger import tensor_hash
 from diffedit.testing import model_state
@@ -343,9 +344,16 @@ class History(RuleBasedStateMachine):
         flat = self.weight.detach().view(-1)
         kept = flat[number].clone()
         flat[number] = kept + 1
-        with pytest.raises(ForeignChangeError if edit.id not in self.active else DiffEditError):
-            self.editor.load(edit)
-        flat[number] = kept
+        changed = _bits(self.weight.detach()).clone()
+        try:
+            with pytest.raises((ForeignChangeError, AlreadyAppliedError, SwallowedError)) as caught:
+                self.editor.load(edit)
+            assert caught.type is not AlreadyAppliedError or edit.id in self.active
+            assert torch.equal(_bits(self.weight.detach()), changed)
+            with pytest.raises(ForeignChangeError):
+                self.editor.revert()
+        finally:
+            flat[number] = kept
         counts["foreign changes noticed"] += 1
 
 

@@ -10,18 +10,10 @@ from tests.reliability.reader import SAME
 ERRORS = {"MalformedArtifactError", "IntegrityError", "UnsafeFormatError", "UnsupportedVersionError", "NonFiniteError"}
 
 
-def test_3000_cases() -> None:
-    report = fuzz.run(3000)
-    assert report.cases == 3000 and set(report.kinds) == set(mutations.KINDS)
-    assert set(report.outcomes) <= ERRORS | {SAME}
-    assert set(report.outcomes) >= (ERRORS - {"NonFiniteError"}) | {SAME}
-
-
-@pytest.mark.slow
 def test_20000_cases() -> None:
     report = fuzz.run(20_000, seed=1)
+    assert report.cases == 20_000 and set(report.kinds) == set(mutations.KINDS)
     assert set(report.outcomes) == ERRORS | {SAME}
-    assert report.cpu_seconds < 60
 
 
 @pytest.mark.slow
