@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -149,8 +149,8 @@ class Ledger:
         with self._exclusive():
             books = (self._base, self._written, self._active)
             sites = tuple(dict.fromkeys(site for delta in self._active.values() for site in delta.sites))
-            live = {site: self._backend.weight(site).detach() for site in sites}
-            before = {site: weight.clone() for site, weight in live.items()}
+            live = [self._backend.weight(site).detach() for site in sites]
+            before = [(weight, weight.clone()) for weight in live]
             self._rewrite({}, sites)
             foreign = False
             try:
@@ -164,9 +164,13 @@ class Ledger:
                     raise
                 finally:
                     if not foreign:  # from the copies: computing them again could fail, and the edits would be lost
-                        for site, weight in live.items():
-                            weight.copy_(before[site])
-                        self._base, self._written, self._active = books
+                        try:
+                            _copy(before)
+                        except BaseException:  # an interrupt: it comes once, and copying again does no harm
+                            _copy(before)
+                            raise
+                        finally:
+                            self._base, self._written, self._active = books
 
     def check(self, site: EditSite) -> None:
         """Raise `ForeignChangeError` unless the live weight is what the ledger wrote (or was never touched)."""
@@ -253,6 +257,11 @@ def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> Tensor:
             f"the edited weight of {site.name} overflows {base.dtype}", hint="load the model in float32"
         )
     return weight
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for live, kept in pairs:
+        live.copy_(kept)
 
 
 def _achieved(site: EditSite, base: Tensor, weight: Tensor, change: LowRank) -> float:
