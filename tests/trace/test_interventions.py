@@ -215,7 +215,9 @@ def test_pictures_drawn_while_reading_another_text(backend):
 
 
 def test_the_text_is_read_once_and_the_layers_are_left_as_they_were(backend, text):
-    layers = [module for name, module in backend.model.pipeline.unet.named_modules() if name.endswith("attn2.to_k")]
+    unet = backend.model.pipeline.unet
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2.to_k")]
+    storage = [(parameter.data_ptr(), parameter.stride()) for parameter in unet.parameters()]
     first, stock, calls = layers[0], layers[0].forward, []
 
     def offloading(*args):  # what accelerate puts in a layer's place
@@ -228,6 +230,7 @@ def test_the_text_is_read_once_and_the_layers_are_left_as_they_were(backend, tex
         assert len(calls) == 1
         assert vars(first)["forward"] is offloading
         assert not any("forward" in vars(layer) for layer in layers[1:])
+        assert [(parameter.data_ptr(), parameter.stride()) for parameter in unet.parameters()] == storage
     finally:
         del first.forward
 
