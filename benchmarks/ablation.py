@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--updater", default="quickfix")
     parser.add_argument(
         "--preserve",
-        choices=["all", "half"],
+        choices=["all", "half", "none"],
         default="all",
         help="half: preserve every second of the other objects and measure the rest, which nothing protects",
     )
@@ -84,7 +84,7 @@ def main() -> None:
 
     editor, scorer = Editor("builtin:emoji"), Scorer.load("builtin:emoji-scorer")
     objects = editor.vocabulary.objects
-    title = f"ablation-{args.updater}" + ("-half" if args.preserve == "half" else "")
+    title = f"ablation-{args.updater}" + ("" if args.preserve == "all" else f"-{args.preserve}")
     cases = args.out / title
     cases.mkdir(parents=True, exist_ok=True)
     before: dict[str, list[bool]] | None = None
@@ -97,9 +97,10 @@ def main() -> None:
             before = recognised(scorer, draw(editor, objects, args.per_other, args.first_seed), objects)
         others = [name for name in objects if name != subject]
         fresh = recognised(scorer, draw(editor, [subject], args.images, args.first_seed), objects)[subject]
-        preserve = None if args.preserve == "all" else others[::2]
+        preserve, others = {"all": (None, others), "half": (others[::2], others[1::2]), "none": ([], others)}[
+            args.preserve
+        ]
         edit = editor.ablate(subject, updater=args.updater, preserve=preserve)
-        others = others if args.preserve == "all" else others[1::2]
         seen = scorer.name_objects(draw(editor, [subject], args.images, args.first_seed)[subject], objects)
         after = recognised(scorer, draw(editor, others, args.per_other, args.first_seed), objects)
         editor.revert()
