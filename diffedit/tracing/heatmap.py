@@ -42,7 +42,7 @@ def draw(table: TraceTable, path: Path, effect: Effect) -> Path:
     for panel, kind in zip(panels, kinds, strict=True):
         _panel(panel, table, scores, kind, (low, high), effect, numbers=most <= _MOST_NUMBERS)
     image = panels[0].images[0]
-    figure.colorbar(image, ax=list(panels), shrink=0.8, label=_TITLES[effect])
+    figure.colorbar(image, ax=list(panels), shrink=0.8, label=_TITLES[effect], pad=0.03)
     total = table.total_effect
     prompts = len({(unit.prompt, unit.subject) for unit in table.units})
     figure.suptitle(
@@ -79,12 +79,12 @@ def _panel(
                 continue
             if effect == "signed" and value < 0:
                 panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", lw=0, ec="0.5"))
+            ink = "white" if abs(value) - span[0] > 0.55 * (span[1] - span[0]) else "black"
             if numbers and state.causal:
-                dark = abs(value) - span[0] > 0.55 * (span[1] - span[0])
                 text = f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.0e}"
-                panel.text(x, y, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+                panel.text(x, y, text, ha="center", va="center", fontsize=6, color=ink)
             if (part, y) == best:
-                panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=2, ec="black"))
+                panel.add_patch(Rectangle((x - 0.42, y - 0.4), 0.84, 0.8, fill=False, lw=1.6, ec=ink))
 
 
 def _span(scores: Any) -> tuple[float, float]:
