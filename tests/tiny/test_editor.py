@@ -340,9 +340,9 @@ def test_training_between_two_edits_is_not_lost(sd1):
 
 
 def test_a_layer_with_an_adapter_is_refused(sd1):
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    sd1.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["out_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["out_proj"]), sd1.text_encoder)
     before = model_state(sd1)
     with pytest.raises(UnsupportedTensorError, match=r"wrapped by an adapter.*unload_lora_weights"):
         Editor(sd1).ablate("dog", target="cat")
