@@ -44,7 +44,7 @@ from diffedit.tracing.run import trace
 logger = logging.getLogger("benchmarks.tracing")
 FIRST_SEED = 700_000
 TOKENS = ("last_subject", "all_subject", "eos")
-SUBJECTS = ("dog", "rabbit", "whale", "tractor", "banana", "castle", "guitar", "palm tree")
+SUBJECTS = ("dog", "rabbit", "whale", "tractor")
 JUDGE = "builtin:emoji-scorer"
 
 
@@ -240,19 +240,41 @@ def editing(editor: Editor, folder: Path, sample: bool) -> dict[str, Any]:
         norm = float(np.mean([row["relative_norm"] for row in mine]))
         record = {"site": site, "efficacy": efficacy, "specificity": specificity, "relative_norm": norm, **totals}
         sites.append({**record, **{f"effect_{kind}": effects[kind][site] for kind in effects}})
-    product = [site["efficacy"] * site["specificity"] for site in sites]
+    plot_editing(sites, folder / "editing.png")
     ranks = {
         kind: {
             key: float(spearmanr([site[f"effect_{kind}"] for site in sites], values).statistic)
             for key, values in (
                 ("efficacy", [site["efficacy"] for site in sites]),
                 ("specificity", [site["specificity"] for site in sites]),
-                ("efficacy_times_specificity", product),
+                ("relative_norm", [site["relative_norm"] for site in sites]),
             )
         }
         for kind in effects
     }
     return {"sites": sites, "spearman": ranks, "subjects": subjects, "images": images, "others": len(others)}
+
+
+def plot_editing(sites: list[dict[str, Any]], path: Path) -> None:
+    """Efficacy, specificity and size of the change against the traced effect, one point per site."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panels: Any = figure.subplots(1, 3)
+    keys = ("efficacy", "specificity", "relative_norm")
+    for panel, key in zip(panels, keys, strict=True):
+        for site in sites:
+            attention = "self_attn" in site["site"]
+            x, y, layer = site["effect_image"], site[key], site["site"].split("layers.")[1].split(".")[0]
+            panel.plot(x, y, "o" if attention else "s", mfc="black" if attention else "white", mec="black", ms=5)
+            panel.annotate(layer, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        panel.set_xlabel("traced effect at the last subject token", fontsize=8)
+        panel.set_title(key.replace("_", " "), fontsize=9)
+        panel.tick_params(labelsize=7)
+        panel.set_ylim(*((0, None) if key == "relative_norm" else (0.5, 1.03)))
+    figure.suptitle("QuickFix at each site of the text encoder (dots: self-attention, squares: MLP)", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def _edit_subject(

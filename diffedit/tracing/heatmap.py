@@ -1,7 +1,8 @@
 """The picture of a causal trace: effect per layer and token, readable on paper and without colour.
 
 Columns are layers in running order, rows are token positions, one panel per kind of part. Light means nothing, dark
-much; negative effects are hatched. Cells whose interval lies above zero carry their number; the best one has a frame.
+much; negative effects are hatched, whatever their size. Cells whose interval lies above zero carry their number; the
+best one has a frame.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def draw(table: TraceTable, path: Path, effect: Effect) -> Path:
     rows = len(table.columns)
     figure = Figure(figsize=(2.6 + 0.62 * max(most, 5), 1.5 + len(kinds) * (0.75 + 0.42 * rows)), layout="constrained")
     panels: Any = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
-    low, high = (0.0, float(np.nanmax(np.abs(scores)))) if effect != "raw" else _span(scores)
+    low, high = _span(scores) if effect == "raw" else (0.0, max(float(np.nanmax(scores)), 1e-12))
     for panel, kind in zip(panels, kinds, strict=True):
         _panel(panel, table, scores, kind, (low, high), effect, numbers=most <= _MOST_NUMBERS)
     image = panels[0].images[0]
@@ -65,7 +66,7 @@ def _panel(
 
     index = [i for i, part in enumerate(table.parts) if part.kind == kind]
     values = scores[index].T
-    panel.imshow(np.abs(values) if effect == "signed" else values, cmap="Greys", vmin=span[0], vmax=span[1])
+    panel.imshow(np.maximum(values, 0) if effect == "signed" else values, cmap="Greys", vmin=span[0], vmax=span[1])
     panel.set_xticks(range(len(index)), [str(table.parts[i].layer) for i in index], fontsize=8)
     panel.set_yticks(range(len(table.columns)), [name.replace("_", " ") for name in table.columns], fontsize=8)
     panel.set_title(kind.replace("_", "-"), fontsize=9, loc="left")
