@@ -16,10 +16,11 @@ from diffedit.io.files import EDIT_FILE
 from diffedit.io.lora import KOHYA_FILE, PEFT_FILE, PEFT_FOLDER
 from diffedit.io.manifest import Manifest
 from diffedit.io.markdown import Raw, escape, table
-from diffedit.io.names import hub_id
+from diffedit.io.names import hub_id, is_xl
 from diffedit.text import with_article
 
 _COMPONENTS = {"unet": "UNet", "text_encoder": "text encoder"}
+_XL_COMPONENTS = {"unet": "UNet", "text_encoder": "first text encoder", "text_encoder_2": "second text encoder"}
 _TAGS = ("text-to-image", "stable-diffusion", "lora", "diffusers", "model-editing", "diffedit")
 
 # Licences of well-known bases, as the Hub spells them. Another base's is named by a link to its page.
@@ -29,6 +30,7 @@ _LICENCES = {
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     **{f"stabilityai/stable-diffusion-2{part}": "openrail++" for part in ("", "-base", "-1", "-1-base")},
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
 _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
@@ -101,6 +103,7 @@ def model_card(
 
 def _front_matter(manifest: Manifest) -> str:
     base = hub_id(manifest.base.source)
+    tags = (*_TAGS[:2], "stable-diffusion-xl", *_TAGS[2:]) if _xl(manifest) else _TAGS
     lines = ["---"]
     if base is not None:
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
@@ -110,7 +113,7 @@ def _front_matter(manifest: Manifest) -> str:
     elif base is not None:
         page = json.dumps(f"https://huggingface.co/{base}")
         lines += ["license: other", "license_name: as-the-base-model", f"license_link: {page}"]
-    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", *(f"- {tag}" for tag in _TAGS), "---"]
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", *(f"- {tag}" for tag in tags), "---"]
     return "\n".join(lines)
 
 
@@ -241,11 +244,12 @@ def _usage(manifest: Manifest, files: Mapping[str, int]) -> list[str]:
             "With diffusers (0.41 or later):\n\n"
             f'```python\npipe.load_lora_weights("{folder}", weight_name="{KOHYA_FILE}")\n```'
         )
-        missing = [what for component, what in _COMPONENTS.items() if component not in components]
-        if missing and components:
-            only = " and ".join(what for component, what in _COMPONENTS.items() if component in components)
-            parts[-1] += f"\n\nIt warns that the LoRA has no keys for the {missing[0]}, which is right: "
-            parts[-1] += f"only the {only} is edited."
+        known = _XL_COMPONENTS if _xl(manifest) else _COMPONENTS
+        missing = [what for component, what in known.items() if component not in components]
+        edited = [what for component, what in known.items() if component in components]
+        if missing and edited:
+            parts[-1] += f"\n\nIt warns that the LoRA has no keys for the {' and the '.join(missing)}, which is right: "
+            parts[-1] += f"only the {' and the '.join(edited)} {'is' if len(edited) == 1 else 'are'} edited."
         parts.append(
             f"In ComfyUI put `{KOHYA_FILE}` into `models/loras` and load it with both strengths at 1. In AUTOMATIC1111 "
             f"put it into `models/Lora` as `{folder}.safetensors` and add `<lora:{folder}:1>` to the prompt. The "
@@ -274,6 +278,10 @@ def _provenance(manifest: Manifest, files: Mapping[str, int]) -> str:
     rows += [(f"Version of {name}", value) for name, value in sorted(manifest.versions.items())]
     rows += [(f"File {name}", f"{size} bytes") for name, size in sorted(files.items())]
     return "\n\n".join(["## Provenance", table(("What", "Value"), rows)])
+
+
+def _xl(manifest: Manifest) -> bool:
+    return is_xl((site.site for site in manifest.sites), manifest.base.backend)
 
 
 def _hex(digest: str) -> str:
