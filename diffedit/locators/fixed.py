@@ -2,7 +2,8 @@
 
 Source: Basu et al. 2023 (arXiv 2310.13730): in Stable Diffusion's CLIP text encoder one state is causal, the output
     of the first self-attention layer at the last token of the subject. This locator takes their word for it and
-    measures nothing.
+    measures nothing. For Stable Diffusion XL nobody has measured it: that both its encoders have the same state is
+    taken over from the one that was looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from diffedit.site import Location, Role, TokenRule
 
 
 class FixedLocator(Locator):
-    """Always the same site.
+    """Always the same site; in a model with two text encoders the one of each.
 
     Attributes:
         layer: block of the text encoder, from 0. Later blocks see the concept already mixed into other tokens;
@@ -42,6 +43,8 @@ class FixedLocator(Locator):
             raise UnsupportedModelError(
                 f"the model has no {self.role} at layer {self.layer}",
                 value=f"backend {backend.name}",
-                hint=f"choose a layer from 0 to {len(known) - 1}" if known else "choose another role",
+                hint=f"choose a layer from 0 to {max(site.layer for site in known)}"
+                if known
+                else "choose another role",
             )
         return Location(sites, self.tokens, self.name, self.reference)

@@ -1,0 +1,138 @@
+"""What a layer usually reads: the second moment of its inputs over bundled everyday captions, kept by content.
+
+    C = (1 / N) sum_p sum_t k_pt k_pt^T,        k_pt  [d], the input at token t of caption p
+
+over all tokens from the begin-of-text token to the end-of-text token; padding repeats the latter's meaning and would
+outweigh everything. Captions run in small batches and only the moment is kept (`linalg.moments`).
+
+Computing it costs more than the edit that needs it, so it can be kept in a folder, in a file whose name is the hash of
+everything it depends on: the captions as tokens, the site, and every weight of the site's component. A file of another
+model or of changed weights is simply never found. Files are written beside their place and renamed.
+
+Source: Meng et al. 2022 (ROME, arXiv 2202.05262) use 100,000 samples of Wikipedia. Limits: a thousand bundled captions
+are fewer words than that; where they span fewer directions than the layer has inputs, a ridge has to fill in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from diffedit.errors import MalformedArtifactError, RequestError, StorageError
+from diffedit.interfaces import Backend
+from diffedit.linalg.moments import SecondMoment
+from diffedit.site import EditSite
+
+_BATCH = 50
+_VERSION = "diffedit-moment-1"
+
+
+@cache
+def _lists() -> dict[str, tuple[str, ...]]:
+    text = (files("diffedit") / "assets" / "prompts" / "captions.txt").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("[") and line.endswith("]"):
+            entries = found.setdefault(line[1:-1], [])
+        elif line.strip() and not line.startswith("#"):
+            entries.append(line.strip())
+    return {name: tuple(entries) for name, entries in found.items()}
+
+
+def captions() -> Iterator[str]:
+    """Everyday captions without end; the first 16,907 all differ.
+
+    >>> next(captions())
+    'a bowl of soup on a table'
+    """
+    lists = _lists()
+    forms, things, places = lists["forms"], lists["things"], lists["places"]
+    n = 0
+    while True:
+        yield forms[n % len(forms)].format(things[n % len(things)], places[n % len(places)])
+        n += 1
+
+
+def second_moment(backend: Backend, site: EditSite, count: int, cache_dir: Path | None = None) -> SecondMoment:
+    """The moment of a site's inputs over the first `count` captions.
+
+    Args:
+        backend: the model.
+        site: whose inputs.
+        count: captions; more know the layer better and take longer.
+        cache_dir: folder to find it in or to keep it in; `None` computes it.
+
+    Raises:
+        RequestError: no captions.
+        MalformedArtifactError: the kept file is damaged.
+        StorageError: the file system refused.
+    """
+    if count < 1:
+        raise RequestError("a second moment needs captions", value=count)
+    prompts = list(islice(captions(), count))
+    path = None if cache_dir is None else cache_dir / f"{_digest(backend, site, prompts)}.safetensors"
+    if path is not None and path.exists():
+        return _read(path)
+    moment = SecondMoment(site.d_in)
+    for start in range(0, count, _BATCH):
+        batch = prompts[start : start + _BATCH]
+        seen = backend.capture(batch, [site])
+        ends = [_end(backend, prompt) for prompt in batch]
+        inputs = seen.inputs[site]
+        moment.add(torch.cat([inputs[row, : end + 1] for row, end in enumerate(ends)]))
+    if path is not None:
+        _write(path, moment)
+    return moment
+
+
+def _end(backend: Backend, prompt: str) -> int:
+    """Position of the end-of-text token: the span of any word knows it."""
+    return backend.span(prompt, prompt.split()[0], 0).eos
+
+
+def _digest(backend: Backend, site: EditSite, prompts: list[str]) -> str:
+    digest = hashlib.sha256(repr((_VERSION, site, prompts, sorted(backend.fingerprints().items()))).encode("utf-8"))
+    component: Any = getattr(backend.model.pipeline, site.component)
+    for name, tensor in sorted(component.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> SecondMoment:
+    try:
+        with safe_open(path, "pt") as file:
+            return SecondMoment.restore(file.get_tensor("root"), int(file.get_tensor("count")))
+    except OSError as error:
+        raise StorageError("the second moment cannot be read", value=str(path), cause=str(error)) from error
+    except (SafetensorError, RuntimeError, ValueError, RequestError) as error:
+        hint = "delete it; it is computed again"
+        said = "the kept second moment is damaged"
+        raise MalformedArtifactError(said, value=str(path), cause=str(error), hint=hint) from error
+
+
+def _write(path: Path, moment: SecondMoment) -> None:
+    data = save({"root": moment.total_root.cpu().contiguous(), "count": torch.tensor(moment.count)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        hint = "choose another cache_dir"
+        raise StorageError("the second moment cannot be kept", value=str(path), cause=str(error), hint=hint) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
