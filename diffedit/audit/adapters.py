@@ -17,7 +17,7 @@ from torch import Tensor
 from diffedit.audit.tensors import TensorFile
 from diffedit.delta import Delta, LowRank
 from diffedit.errors import IntegrityError
-from diffedit.io.names import flat_path, kohya_name
+from diffedit.io.names import flat_path, is_xl, kohya_name
 from diffedit.site import EditSite
 
 # Largest |product - delta| / |delta| that storing the factors in this dtype explains, with room for another BLAS.
@@ -28,15 +28,21 @@ _PEFT = "base_model.model."
 _INFORMATION = {"base_model_name_or_path", "peft_version"}
 
 
-def kohya_difference(path: Path, delta: Delta) -> tuple[float, str]:
+def kohya_difference(path: Path, delta: Delta, backend: str) -> tuple[float, str]:
     """How far a kohya file is from the delta: the largest |product - delta| / |delta| of a site, and the dtype.
+
+    Args:
+        path: the file.
+        delta: the edit's whole change.
+        backend: name of the edit's backend, which decides how kohya names the text encoder.
 
     Raises:
         IntegrityError: the file holds another change: modules are missing, foreign or of another shape, or too far off.
         ArtifactError: it cannot be read.
     """
     with TensorFile(path) as file:
-        known = {kohya_name(site): site for site in delta.sites}
+        xl = is_xl(delta.sites, backend)
+        known = {kohya_name(site, xl=xl): site for site in delta.sites}
         modules = {name.removesuffix(_UP) for name in file.entries if name.endswith(_UP)}
         parts = {module + part for module in modules for part in (_UP, _DOWN, _ALPHA)}
         _same(set(file.entries), parts, "tensors")

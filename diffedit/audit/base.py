@@ -40,7 +40,7 @@ def check_against_base(edit: Edit, base: Any, **loading: Any) -> tuple[str, list
         raise ModelNotFoundError("the edit lists no site, so there is nothing to check in a base")
     named = isinstance(base, str) or hasattr(base, "__fspath__")
     dtype = getattr(torch, records[0].dtype, None) if named else None
-    text_only = named and all(record.component == "text_encoder" for record in records)
+    text_only = named and all(record.component.startswith("text_encoder") for record in records)
     backend = open_backend(base, dtype=dtype, text_only=text_only, **loading)
     checks = _fingerprints(edit, backend)
     for record in records:

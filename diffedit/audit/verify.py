@@ -170,7 +170,7 @@ def _derived(folder: Path, name: str, edit: Edit, wanted: Mapping[str, bytes]) -
     def work() -> Check:
         same = _bytes(folder / name) == wanted[name]
         if name == KOHYA_FILE:
-            off, dtype = kohya_difference(folder / name, edit.delta)
+            off, dtype = kohya_difference(folder / name, edit.delta, edit.manifest.base.backend)
         elif name.endswith(PEFT_FILE):
             component = next(part for part, prefix in PEFT_FOLDER.items() if name == prefix + PEFT_FILE)
             beside = name.removesuffix(PEFT_FILE) + PEFT_CONFIG

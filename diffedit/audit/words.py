@@ -13,7 +13,8 @@ embeddings k picks the token's row. D and W are read from the files, keys come f
     unet ... attn2.to_{k,v}       the text encoder's output: final_layer_norm of the last block's stream + MLP output
 
 so no UNet is loaded. Limits: keys are the base's; where an earlier layer changed too, the edited model's own keys at a
-later one differ a little. The second text encoder of SDXL is not run.
+later one differ a little. Of Stable Diffusion XL both text encoders are run, but not to its cross-attention, which
+reads the two together, to the last blocks, nor to the second encoder's token embeddings.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ TOP = 20
 
 _BATCH = 64
 _EPS = 1e-5  # of every CLIP layer norm
-_LAYER = re.compile(r"text_encoder\.text_model\.encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.weight")
+_LAYER = re.compile(
+    r"(?P<encoder>text_encoder(?:_2)?)\.text_model\.encoder\.layers\."
+    r"(?P<layer>\d+)\.(?P<block>self_attn|mlp)\.(?P<part>\w+)\.weight"
+)
+_FIRST = "text_encoder"
 _CROSS = re.compile(r"unet\..+\.attn2\.to_[kv]\.weight")
 _FINAL = "text_encoder.text_model.final_layer_norm"
 _TOKENS = "text_encoder.text_model.embeddings.token_embedding.weight"
@@ -91,7 +96,7 @@ def reachable(name: str) -> bool:
     match = _LAYER.fullmatch(name)
     known = ("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"), ("mlp", "fc1", "fc2")
     if match is not None:
-        return any(match[2] == block and match[3] in parts for block, *parts in known)
+        return any(match["block"] == block and match["part"] in parts for block, *parts in known)
     return name == _TOKENS or _CROSS.fullmatch(name) is not None
 
 
@@ -123,8 +128,8 @@ def rank_words(
         that the text encoder cannot read.
     """
     prompts, unread = _prompts(backend, words)
-    sites = {(site.layer, site.role): site for site in backend.sites(*_ROLES.values())}
-    last = max((layer for layer, _ in sites), default=-1)
+    sites = {(site.component, site.layer, site.role): site for site in backend.sites(*_ROLES.values())}
+    last = max((layer for encoder, layer, _ in sites if encoder == _FIRST), default=-1)
     ways = {name: site for name in layers if (site := sites.get(_way(name, last))) and _fits(name, base)}
     if not prompts.words or not ways:
         return [], None, unread
@@ -139,12 +144,12 @@ def rank_words(
     return tables, _table("all", prompts.words, torch.stack(shares).mean(0)), unread
 
 
-def _way(name: str, last: int) -> tuple[int, Role]:
-    """Block and role of the site through which a layer's input is found."""
+def _way(name: str, last: int) -> tuple[str, int, Role]:
+    """Text encoder, block and role of the site through which a layer's input is found."""
     match = _LAYER.fullmatch(name)
     if match is not None:
-        return int(match[1]), _ROLES[match[2]]
-    return (0, Role.TEXT_SELF_ATTN_OUT) if name == _TOKENS else (last, Role.TEXT_MLP_OUT)
+        return match["encoder"], int(match["layer"]), _ROLES[match["block"]]
+    return (_FIRST, 0, Role.TEXT_SELF_ATTN_OUT) if name == _TOKENS else (_FIRST, last, Role.TEXT_MLP_OUT)
 
 
 def _fits(name: str, base: Weights) -> bool:
@@ -182,11 +187,11 @@ class _Keys:
         match = _LAYER.fullmatch(name)
         if match is None:
             keys = self._norm(_FINAL, stream + output)
-        elif match[3] in _OUTPUTS:
+        elif match["part"] in _OUTPUTS:
             keys = inputs
         else:
-            norm = "layer_norm1" if match[2] == "self_attn" else "layer_norm2"
-            keys = self._norm(f"text_encoder.text_model.encoder.layers.{match[1]}.{norm}", stream)
+            norm = "layer_norm1" if match["block"] == "self_attn" else "layer_norm2"
+            keys = self._norm(f"{match['encoder']}.text_model.encoder.layers.{match['layer']}.{norm}", stream)
         return keys @ matrix.reshape(matrix.shape[0], -1).T
 
     def _norm(self, name: str, values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,13 @@ from diffedit.cli.editing import refuse_existing
 from diffedit.cli.shell import Result, working
 
 
+class LayoutName(StrEnum):
+    """The layouts of `Edit.export`."""
+
+    KOHYA = "kohya"
+    DIFFUSERS = "diffusers"
+
+
 def export(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A folder that an edit was saved to.", show_default=False)
@@ -24,13 +32,16 @@ def export(
             "-o",
             "--out",
             metavar="PATH",
-            help="Folder for kohya's and PEFT's adapters, or a .safetensors file for kohya's alone.",
+            help="Folder for kohya's and PEFT's adapters, or a .safetensors file for one LoRA alone.",
             show_default=False,
         ),
     ],
     dtype: Annotated[
         options.DtypeName, typer.Option("--dtype", help="Precision of the adapters.")
     ] = options.DtypeName.FLOAT32,
+    layout: Annotated[
+        LayoutName, typer.Option("--layout", help="Of a .safetensors file; every program reads kohya's.")
+    ] = LayoutName.KOHYA,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Result:
@@ -45,7 +56,7 @@ def export(
         from diffedit.edit import Edit
 
         edit = Edit.load(folder)
-        done = edit.export(out, dtype=getattr(torch, dtype.value))
+        done = edit.export(out, dtype=getattr(torch, dtype.value), layout=layout.value)
     document = edit_payload(edit)
 
     def render(console: Console) -> None:
@@ -54,5 +65,5 @@ def export(
         rows += [("rounding", f"the change differs by {done.rounding:.1e} of its size from the edit's")]
         print_rows(console, rows)
 
-    payload = {"command": "export", "edit": document, "out": str(out), "dtype": done.dtype}
+    payload = {"command": "export", "edit": document, "out": str(out), "dtype": done.dtype, "layout": layout.value}
     return Result({**payload, "rounding_error": done.rounding, "files": dict(done.files)}, render)

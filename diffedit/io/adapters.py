@@ -11,16 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from diffedit.delta import Delta
+from diffedit.errors import RequestError
 from diffedit.io.card import model_card
 from diffedit.io.folder import write_file, write_folder
-from diffedit.io.lora import KOHYA_FILE, kohya_file, peft_files, rounding_error
+from diffedit.io.lora import KOHYA_FILE, diffusers_file, kohya_file, peft_files, rounding_error
 from diffedit.io.manifest import Manifest
 
+Layout = Literal["kohya", "diffusers"]
+
 _CARD = "README.md"
+_LAYOUTS = {"kohya": kohya_file, "diffusers": diffusers_file}
 
 
 @dataclass(frozen=True)
@@ -40,27 +45,41 @@ class Exported:
     files: Mapping[str, int]
 
 
-def export_adapters(delta: Delta, manifest: Manifest, path: Path, dtype: torch.dtype) -> Exported:
-    """Write the adapters as a new folder, or, if the path ends in `.safetensors`, kohya's file alone.
+def export_adapters(
+    delta: Delta, manifest: Manifest, path: Path, dtype: torch.dtype, layout: Layout = "kohya"
+) -> Exported:
+    """Write the adapters as a new folder, or, if the path ends in `.safetensors`, one LoRA file alone.
 
     Args:
         delta: the change.
         manifest: where base and names come from.
         path: what to make; nothing is ever overwritten.
         dtype: of the factors.
+        layout: of a single file: kohya's, which every program reads, or diffusers' own, which diffusers alone reads.
 
     Raises:
+        RequestError: no such layout, or diffusers' layout for a folder.
         UnsupportedModelError: no adapter layout is known for an edited component.
         UnsupportedTensorError: another dtype than float16, bfloat16 or float32.
         SwallowedError, NonFiniteError: `dtype` cannot hold the change.
         OutputExistsError, StorageError: see `diffedit.io.folder`.
     """
-    files = {KOHYA_FILE: kohya_file(delta, manifest, dtype=dtype)}
+    if layout not in _LAYOUTS:
+        raise RequestError("there is no such layout", value=repr(layout), hint=f"choose one of {', '.join(_LAYOUTS)}")
+    alone = path.suffix == ".safetensors"
+    if layout != "kohya" and not alone:
+        raise RequestError(
+            "a folder of adapters holds kohya's layout",
+            value=repr(layout),
+            cause="it is the one that every program reads, diffusers included",
+            hint="name a .safetensors file for diffusers' own layout",
+        )
+    adapter = _LAYOUTS[layout](delta, manifest, dtype=dtype)
     rounding, name = rounding_error(delta, dtype), str(dtype).removeprefix("torch.")
-    if path.suffix == ".safetensors":
-        written = write_file(path, files[KOHYA_FILE])
-        return Exported(written, name, rounding, {written.name: len(files[KOHYA_FILE])})
-    files |= peft_files(delta, manifest, dtype=dtype)
+    if alone:
+        written = write_file(path, adapter)
+        return Exported(written, name, rounding, {written.name: len(adapter)})
+    files = {KOHYA_FILE: adapter, **peft_files(delta, manifest, dtype=dtype)}
     sentence = (
         f"These adapters hold {name} factors; the change that they make differs from the edit's own (float32) by "
         f"{rounding:.1e} of its size."

@@ -10,10 +10,12 @@ A change `up @ down` is a LoRA already: `lora_up` (PEFT: `lora_B`) is `up` [d_ou
 * transformers 5.6 dropped the level `text_model` from module names. kohya names survive that (diffusers >= 0.41 maps
   them); PEFT matches literally, so its file holds each tensor under the old and the new name. Diffusers would apply
   only half of a file that mixes layouts, hence two files.
-* a PEFT folder belongs to one model. The text encoder's is the edit's own folder, the UNet's is `unet/` in it; kohya's
-  file holds both components.
-* Stable Diffusion 2 in AUTOMATIC1111 ignores an `out_proj` without `q_proj`, `k_proj` and `v_proj` beside it (read from
-  its source). There, zero modules keep it company.
+* a PEFT folder belongs to one model. The text encoder's is the edit's own folder, those of the UNet and of Stable
+  Diffusion XL's second text encoder are `unet/` and `text_encoder_2/` in it; kohya's file holds all components.
+* AUTOMATIC1111 ignores an `out_proj` of an OpenCLIP text encoder (Stable Diffusion 2, the second of XL) without
+  `q_proj`, `k_proj` and `v_proj` beside it (read from its source). There, zero modules keep it company.
+* diffusers' own layout (`diffusers_file`) names a module by component and path. The only text encoder that changed its
+  paths, `CLIPTextModel`, is in that file under both, of which each version of the libraries takes its own.
 
 No `lora_adapter_metadata` key: its readers disagree from version to version, and without it they derive the right
 values.
@@ -32,17 +34,17 @@ from diffedit.delta import Delta, LowRank
 from diffedit.errors import SwallowedError, UnsupportedTensorError
 from diffedit.io.container import pack
 from diffedit.io.manifest import Manifest
-from diffedit.io.names import flat_path, hub_id, kohya_name
+from diffedit.io.names import flat_path, hub_id, is_xl, kohya_name
 from diffedit.site import EditSite
 
 KOHYA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-PEFT_FOLDER: Mapping[str, str] = {"text_encoder": "", "unet": "unet/"}
+PEFT_FOLDER: Mapping[str, str] = {"text_encoder": "", "text_encoder_2": "text_encoder_2/", "unet": "unet/"}
 
 # Half precision costs 3e-4 (float16) or 3e-3 (bfloat16) of a change; far beyond that its numbers have left the range.
 MAX_ROUNDING = 0.02
 
-_SD2 = "sd2"
+_SD2, _SECOND = "sd2", "text_encoder_2"
 _OUT = "self_attn.out_proj"
 _COMPANIONS = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")
 
@@ -51,7 +53,7 @@ def kohya_file(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.f
     """Bytes of `pytorch_lora_weights.safetensors`, for diffusers, ComfyUI and AUTOMATIC1111.
 
     Args:
-        delta: the change, in the text encoder, the UNet or both.
+        delta: the change, in the text encoders, the UNet or all of them.
         manifest: where base and names come from.
         dtype: of the factors; a half precision halves the file and costs what `rounding_error` says. Alpha is float32.
 
@@ -61,19 +63,32 @@ def kohya_file(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.f
         SwallowedError: more than `MAX_ROUNDING` of the change is lost in `dtype`.
     """
     factors = _adapter_factors(delta, dtype)
-    rank = next(iter(factors.values())).rank
+    rank, xl = next(iter(factors.values())).rank, is_xl(delta.sites, manifest.base.backend)
     tensors: dict[str, Tensor] = {}
     for site, change in factors.items():
-        modules = {kohya_name(site): change}
-        if manifest.base.backend == _SD2 and site.path.endswith(_OUT):
+        modules = {kohya_name(site, xl=xl): change}
+        if (manifest.base.backend == _SD2 or site.component == _SECOND) and site.path.endswith(_OUT):
             zero = LowRank(torch.zeros_like(change.up), torch.zeros_like(change.down))
-            name = kohya_name(site).removesuffix(_kohya(_OUT))
+            name = kohya_name(site, xl=xl).removesuffix(_kohya(_OUT))
             modules |= {name + _kohya(other): zero for other in _COMPANIONS}
         for name, module in modules.items():
             tensors[f"{name}.lora_up.weight"] = module.up
             tensors[f"{name}.lora_down.weight"] = module.down
             tensors[f"{name}.alpha"] = torch.tensor(float(rank))
-    return pack(_kohya_metadata(manifest, rank), tensors)
+    return pack(_kohya_metadata(manifest, rank, xl), tensors)
+
+
+def diffusers_file(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.float32) -> bytes:
+    """Bytes of a LoRA file in diffusers' own layout, for `load_lora_weights` alone.
+
+    Arguments and errors are those of `kohya_file`.
+    """
+    tensors = {}
+    for site, change in _adapter_factors(delta, dtype).items():
+        for path in dict.fromkeys((site.path, site.path if site.component == _SECOND else flat_path(site))):
+            tensors[f"{site.component}.{path}.lora_A.weight"] = change.down
+            tensors[f"{site.component}.{path}.lora_B.weight"] = change.up
+    return pack({"diffedit": manifest.edit_id, "format": "pt"}, tensors)
 
 
 def peft_files(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
@@ -82,7 +97,7 @@ def peft_files(delta: Delta, manifest: Manifest, *, dtype: torch.dtype = torch.f
     Arguments and errors are those of `kohya_file`.
 
     Returns:
-        Relative name -> content; the text encoder's files have no folder, the UNet's lie in `unet/`.
+        Relative name -> content; the (first) text encoder's files have no folder, others lie in that of `PEFT_FOLDER`.
     """
     components: dict[str, dict[EditSite, LowRank]] = {}
     for site, change in _adapter_factors(delta, dtype).items():
@@ -170,7 +185,7 @@ def _kohya(path: str) -> str:
     return path.replace(".", "_")
 
 
-def _kohya_metadata(manifest: Manifest, rank: int) -> dict[str, str]:
+def _kohya_metadata(manifest: Manifest, rank: int, xl: bool) -> dict[str, str]:
     """Header keys that kohya's scripts and the web UIs read; all text."""
     second = manifest.base.backend == _SD2
     return {
@@ -178,7 +193,7 @@ def _kohya_metadata(manifest: Manifest, rank: int) -> dict[str, str]:
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": manifest.slug(),
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
+        "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v2" if second else "sd_v1",
         "ss_network_alpha": str(float(rank)),
         "ss_network_dim": str(rank),
         "ss_network_module": "networks.lora",

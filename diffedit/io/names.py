@@ -7,24 +7,31 @@ files:
     flat        encoder.layers.0.self_attn.out_proj                     modules of transformers >= 5.6
     kohya       lora_te_text_model_encoder_layers_0_self_attn_out_proj
 
-In the UNet it is diffusers' own name, which never changed (`mid_block.attentions.0.transformer_blocks.0.attn2.to_k`).
+Stable Diffusion XL has two text encoders. Its second, `text_encoder_2`, has the same paths; kohya calls the two
+`lora_te1` and `lora_te2`, and so the first has another name there than the only encoder of the other families. In the
+UNet it is diffusers' own name, which never changed (`mid_block.attentions.0.transformer_blocks.0.attn2.to_k`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from diffedit.errors import UnsupportedModelError
 from diffedit.site import EditSite
 
 UP, DOWN = ".up", ".down"
 
-# kohya's prefix per pipeline component. (The encoders of SDXL are "lora_te1" and "lora_te2".)
-KOHYA_PREFIX: Mapping[str, str] = {"text_encoder": "lora_te", "unet": "lora_unet"}
+# kohya's prefix per pipeline component.
+KOHYA_PREFIX: Mapping[str, str] = {"text_encoder": "lora_te", "text_encoder_2": "lora_te2", "unet": "lora_unet"}
 
 _NESTING = "text_model."
-_CANONICAL = {"text_encoder": (_NESTING,), "unet": ("down_blocks.", "mid_block.", "up_blocks.")}
+_SECOND, _XL = "text_encoder_2", "sdxl"
+_CANONICAL = {
+    "text_encoder": (_NESTING,),
+    _SECOND: (_NESTING,),
+    "unet": ("down_blocks.", "mid_block.", "up_blocks."),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 
@@ -33,13 +40,23 @@ def tensor_names(name: str) -> tuple[str, str]:
     return name + UP, name + DOWN
 
 
-def kohya_name(site: EditSite) -> str:
+def is_xl(sites: Iterable[EditSite], backend: str) -> bool:
+    """Whether an edit of these sites, made by this backend, is one of a model with two text encoders."""
+    return backend == _XL or any(site.component == _SECOND for site in sites)
+
+
+def kohya_name(site: EditSite, *, xl: bool = False) -> str:
     """The module's name in kohya's files.
+
+    Args:
+        site: an edit site.
+        xl: whether its model has two text encoders; see `is_xl`.
 
     Raises:
         UnsupportedModelError: no adapter layout is known for the component.
     """
-    return f"{KOHYA_PREFIX[_known(site).component]}_{site.path.replace('.', '_')}"
+    prefix = KOHYA_PREFIX[_known(site).component]
+    return f"{prefix + '1' if xl and site.component == 'text_encoder' else prefix}_{site.path.replace('.', '_')}"
 
 
 def flat_path(site: EditSite) -> str:
@@ -66,7 +83,7 @@ def hub_id(source: str) -> str | None:
 def _known(site: EditSite) -> EditSite:
     if site.component not in KOHYA_PREFIX:
         raise UnsupportedModelError(
-            "adapter files can hold edits of the text encoder and the UNet only",
+            "adapter files can hold edits of the text encoders and the UNet only",
             value=site.name,
             hint="use the edit file, or export the merged model",
         )
