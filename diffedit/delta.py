@@ -83,7 +83,12 @@ class LowRank:
         return (self.up.double() @ self.down.double()).to(dtype)
 
     def norm(self) -> float:
-        """Frobenius norm, from thin QR factors: no dense matrix, and no digits lost where factors nearly cancel."""
+        """Frobenius norm, from thin QR factors: no dense matrix, and no digits lost where factors nearly cancel.
+
+        Of a change of nearly full rank, where the dense matrix is no larger than the factors, it is taken directly.
+        """
+        if self.rank >= 256 and 2 * self.rank > min(self.shape):
+            return float(torch.linalg.vector_norm(self.dense()))
         r_up = torch.linalg.qr(self.up.double()).R
         r_down = torch.linalg.qr(self.down.double().T).R
         return float(torch.linalg.vector_norm(r_up @ r_down.T))
@@ -111,6 +116,14 @@ class LowRank:
         keep = max(1, int((sigma > tol * sigma[0]).sum())) if sigma.numel() else 0
         root = sigma[:keep].sqrt()
         return LowRank((q_up @ left[:, :keep]) * root, (root[:, None] * right[:keep]) @ q_down.T)
+
+    def orthogonal(self) -> LowRank:
+        """The same matrix with as many factors, the rows of `down` orthonormal, in float64.
+
+        Cheaper than `compress` where nothing would be dropped: no factors cancel each other either.
+        """
+        q, r = torch.linalg.qr(self.down.double().T)
+        return LowRank(self.up.double() @ r.T, q.T)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LowRank:
         """Both factors cast and moved."""
@@ -154,6 +167,27 @@ class Diagnostics:
     preserved: int
 
 
+@dataclass(frozen=True)
+class TrainingDiagnostics:
+    """What the training of one site reported. The losses are means over the same fixed draws, for all sites together.
+
+    Attributes:
+        steps: training steps done.
+        loss_before: of the original weights.
+        loss_trained: of the trained weights, before they were made low rank.
+        loss_after: of the weights that the edit makes.
+        truncation_error: |D - up @ down| / |D|, D the trained change.
+        relative_norm: |D| / |W|.
+    """
+
+    steps: int
+    loss_before: float
+    loss_trained: float
+    loss_after: float
+    truncation_error: float
+    relative_norm: float
+
+
 @dataclass(frozen=True, eq=False)
 class Delta:
     """Changes of several weights.
@@ -165,7 +199,7 @@ class Delta:
     """
 
     factors: Mapping[EditSite, LowRank]
-    diagnostics: Mapping[EditSite, Diagnostics] = field(default_factory=dict)
+    diagnostics: Mapping[EditSite, Diagnostics | TrainingDiagnostics] = field(default_factory=dict)
     pairs: Mapping[EditSite, Pairs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

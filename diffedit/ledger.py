@@ -7,13 +7,12 @@ refused as a whole if anything is wrong; reverting recomputes from the original 
 to the bit in every dtype. The sum runs in float64 in the order of the edits' ids: the same set of edits gives the
 same bits in whatever order it was applied.
 
-Before each write the live weight must hash to what the ledger wrote last; if not, something else changed the model,
-and guessing would lose its work.
+Before each write the live weight must be what the ledger wrote last, to the bit; if not, something else changed the
+model, and guessing would lose its work.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,20 +21,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffedit.delta import Delta, LowRank
+from diffedit.delta import Delta
 from diffedit.errors import (
     AlreadyAppliedError,
     ForeignChangeError,
     ModelBusyError,
-    NonFiniteError,
     NoOpError,
     NotAppliedError,
-    SwallowedError,
 )
 from diffedit.interfaces import Backend
+from diffedit.rounding import achieved_share, dtype_name, rounded_sum, same_bits
+from diffedit.rounding import cast_hashes as cast_hashes
+from diffedit.rounding import tensor_hash as tensor_hash
 from diffedit.site import EditSite
-
-FLOORS = {torch.float64: 0.99, torch.float32: 0.99, torch.float16: 0.95, torch.bfloat16: 0.90}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +53,6 @@ class Trial:
     relative_norm: float
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of the numbers, row-major, in the tensor's own dtype."""
-    data = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
-
-
 class Ledger:
     """Applies and reverts changes of one model; see the module's text.
 
@@ -71,6 +63,7 @@ class Ledger:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._base: dict[EditSite, Tensor] = {}
+        self._hashes: dict[EditSite, tuple[Tensor, dict[str, str]]] = {}  # of the copies in _base
         self._written: dict[EditSite, str] = {}
         self._active: dict[str, Delta] = {}
         self._lock = threading.Lock()
@@ -86,15 +79,26 @@ class Ledger:
             return self._base[site]
         return self._backend.weight(site).detach()
 
+    def base_hashes(self, site: EditSite) -> dict[str, str]:
+        """`cast_hashes` of the unedited weight; computed once for a weight that the ledger keeps a copy of."""
+        base = self.base(site)
+        known = self._hashes.get(site)
+        if known is not None and known[0] is base:
+            return dict(known[1])
+        hashes = cast_hashes(base)
+        if site in self._base:
+            self._hashes[site] = base, hashes
+        return dict(hashes)
+
     def trial(self, delta: Delta) -> dict[EditSite, Trial]:
         """What the change alone would make of the unedited weights. Writes nothing; raises what `apply` would raise."""
         out = {}
         for site, change in delta:
             base = self.base(site)
-            weight = _sum(site, base, [change])
-            achieved = _achieved(site, base, weight, change)
-            norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
-            out[site] = Trial(weight, tensor_hash(weight), achieved, change.norm() / norm if norm else float("inf"))
+            weight, got = rounded_sum(site, base, [change])
+            norm, size = float(torch.linalg.vector_norm(base, dtype=torch.float64)), change.norm()
+            achieved = achieved_share(site, base.dtype, size**2, got)
+            out[site] = Trial(weight, tensor_hash(weight), achieved, size / norm if norm else float("inf"))
         return out
 
     def apply(self, edit_id: str, delta: Delta, trial: Mapping[EditSite, Trial] | None = None) -> None:
@@ -177,7 +181,11 @@ class Ledger:
         expected = self._written.get(site)
         if expected is None:
             return
-        found = tensor_hash(self._backend.weight(site))
+        live, (kept, hashes) = self._backend.weight(site), self._hashes.get(site, (None, {}))
+        pristine = kept is not None and kept is self._base.get(site) and expected == hashes[dtype_name(kept.dtype)]
+        if pristine and kept is not None and same_bits(live, kept):  # several times faster than hashing
+            return
+        found = tensor_hash(live)
         if found != expected:
             raise ForeignChangeError(
                 f"{site.name} was changed by something else",
@@ -200,8 +208,9 @@ class Ledger:
             if trial is not None:
                 new[site], hashes[site] = trial[site].weight, trial[site].sha256
             else:
-                new[site] = _sum(site, base[site], changes) if changes else base[site]
-                hashes[site] = tensor_hash(new[site])
+                new[site] = rounded_sum(site, base[site], changes)[0] if changes else base[site]
+                kept = None if changes or site not in self._base else self.base_hashes(site)
+                hashes[site] = tensor_hash(new[site]) if kept is None else kept[dtype_name(new[site].dtype)]
         before = {site: weight.detach().clone() for site, weight in live.items()}
         books = (self._base, self._written, self._active)
         try:
@@ -229,62 +238,6 @@ class Ledger:
             self._lock.release()
 
 
-def cast_hashes(weight: Tensor) -> dict[str, str]:
-    """Hashes of a weight in its own dtype and in each narrower one, by dtype name.
-
-    They let a half-precision copy of the same base be recognised.
-    """
-    own = weight.dtype
-    dtypes = [own, *(d for d in (torch.float32, torch.float16, torch.bfloat16) if d.itemsize < own.itemsize)]
-    return {str(dtype).removeprefix("torch."): tensor_hash(weight.detach().to(dtype)) for dtype in dtypes}
-
-
-def _sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> Tensor:
-    """cast(base + changes)."""
-    for change in changes:
-        change.check_finite(site.name)
-    exact = base.double()
-    if not _finite(exact):
-        bad = int((~torch.isfinite(exact)).sum())
-        raise NonFiniteError(
-            f"the weight of {site.name} is not finite", value=f"{bad} numbers", hint="reload the model"
-        )
-    up = torch.cat([change.up.double().to(exact.device) for change in changes], 1)
-    down = torch.cat([change.down.double().to(exact.device) for change in changes], 0)
-    weight = torch.addmm(exact, up, down).to(base.dtype)
-    if not _finite(weight):
-        raise NonFiniteError(
-            f"the edited weight of {site.name} overflows {base.dtype}", hint="load the model in float32"
-        )
-    return weight
-
-
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     for live, kept in pairs:
         live.copy_(kept)
-
-
-def _achieved(site: EditSite, base: Tensor, weight: Tensor, change: LowRank) -> float:
-    """The share of one edit's change that the cast kept; refuses what does next to nothing."""
-    exact = base.double()
-    up, down = (factor.double().to(exact.device) for factor in (change.up, change.down))
-    basis = torch.linalg.qr(down.T).Q
-    asked, got = up @ (down @ basis), (weight.double() - exact) @ basis
-    total = float((asked * asked).sum())
-    if total == 0.0:
-        raise NoOpError(f"the edit does not change {site.name}", hint="choose another target, or do not scale it to 0")
-    achieved = float((asked * got).sum()) / total
-    floor = FLOORS.get(base.dtype, 0.99)
-    if achieved < floor:
-        raise SwallowedError(
-            f"{base.dtype} keeps too little of the change at {site.name}",
-            value=f"{achieved:.1%} of it, at least {floor:.0%} is needed",
-            cause="the change is smaller than the dtype's rounding step",
-            hint="load the model in float32 and edit that",
-        )
-    return achieved
-
-
-def _finite(values: Tensor) -> bool:
-    """Whether every number is finite: a sum carries any NaN or infinity, and in float64 it does not overflow."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float64)))

@@ -1,13 +1,7 @@
 """What an edit was solved from: the keys and residuals of each request at one site, in as few rows as they take.
 
-The ridge solve reads its pairs (k_i, r_i, s_i) only through K^T S K and K^T S R. So the rows of a request may be
-replaced by fewer that give the same two products: with U the left singular vectors of M = [sqrt(S) K, rho sqrt(S) R],
-
-    K' = U^T sqrt(S) K,    R' = U^T sqrt(S) R,    all weights 1,
-
-exact if U spans the columns of M, and off by at most `tol`^2 of M's energy per row where singular values below `tol`
-of the largest are left out. Prompts around one subject differ little, so some twenty templates come down to a handful
-of rows: these *are* the edit's keys, and its rank.
+Prompts around one subject differ little, so some twenty templates come down to a handful of rows
+(`diffedit.linalg.rows` says how, and what is lost): these *are* the edit's keys, and its rank.
 
 Each request is reduced by itself and each preserved name by itself. That is what makes edits an algebra: pairs of
 edits that were made at different times stand beside each other as they would have in one solve, and any one can be
@@ -23,6 +17,8 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import ContradictionError, RequestError
+from diffedit.linalg.overlap import sharing
+from diffedit.linalg.rows import reduce_rows as reduce_rows
 
 _SAME = 1e-9
 DISAGREE = 1e-3  # of what is wanted; pairs are kept in float32
@@ -83,10 +79,9 @@ class Pairs:
 
     def stack(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, d_in], residuals [n, d_out] and preserve keys [m, d_in] of all entries, float64."""
-        keys = torch.cat([entry.keys for entry in self.wanted]).double()
-        residuals = torch.cat([entry.residuals for entry in self.wanted]).double()
-        held = [entry.keys.double() for entry in self.held]
-        return keys, residuals, torch.cat(held) if held else keys[:0]
+        keys = _joined([entry.keys for entry in self.wanted])
+        residuals = _joined([entry.residuals for entry in self.wanted])
+        return keys, residuals, _joined([entry.keys for entry in self.held]) if self.held else keys[:0]
 
     def scale(self, factors: Sequence[float]) -> Pairs:
         """Residuals times one factor per request; the solve is linear in them."""
@@ -117,64 +112,34 @@ class Pairs:
         return replace(self, wanted=self.wanted + other.wanted, held=self.held + fresh)
 
 
-def reduce_rows(keys: Tensor, residuals: Tensor, weights: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """The fewest rows that stand for these pairs; see the module's text.
-
-    Args:
-        keys: [n, d_in], float64.
-        residuals: [n, d_out], float64; no columns for preserve keys.
-        weights: [n].
-        tol: singular values below `tol` of the largest are left out; 0 keeps the rows as they are.
-
-    Returns:
-        keys [r, d_in] and residuals [r, d_out], weights folded in.
-    """
-    root = weights.sqrt()[:, None]
-    keys, residuals = keys * root, residuals * root
-    if tol == 0.0:
-        return keys, residuals
-    size = float(torch.linalg.vector_norm(residuals))
-    rho = float(torch.linalg.vector_norm(keys)) / size if size > 0 else 0.0
-    stacked = torch.cat([keys, rho * residuals], 1)
-    if stacked.shape[0] <= stacked.shape[1]:
-        energy, left = torch.linalg.eigh(stacked @ stacked.T)
-        rows = left[:, energy > (tol**2) * energy[-1]].flip(1).T
-    else:  # the same left vectors, from the smaller of the two Gram matrices
-        energy, right = torch.linalg.eigh(stacked.T @ stacked)
-        kept = energy > (tol**2) * energy[-1]
-        rows = (stacked @ (right[:, kept] / energy[kept].sqrt())).flip(1).T
-    return rows @ keys, rows @ residuals
-
-
-def check_contradictions(pairs: Pairs, names: Sequence[str]) -> None:
+def check_contradictions(
+    pairs: Pairs, names: Sequence[str], candidates: Iterable[tuple[int, int]] | None = None
+) -> None:
     """Refuse two requests that want different values for one key: an average would satisfy neither.
-
-    Compares every request with every other; the time grows with the square of their number.
 
     Args:
         pairs: of one site.
         names: the subject of each request, for the message.
+        candidates: requests to compare, for a caller who knows which could share a key; default: those whose key spaces
+            could share a direction (`diffedit.linalg.overlap`; its cost grows with the square of their number).
 
     Raises:
         ContradictionError: the key spaces of two requests share a direction and disagree on its value.
     """
     if len(pairs.wanted) != len(names):
         raise RequestError("pairs and requests do not match", value=f"{len(pairs.wanted)} and {len(names)}")
-    bases = [_basis(entry) for entry in pairs.wanted]
-    for a, first in enumerate(bases):
-        others = bases[a + 1 :]
-        if not others:
-            break
-        rows = [len(other) for other in others]
-        overlap = torch.split((torch.cat(others) @ first.T).square().sum(1), rows)
-        for b, shared in enumerate(overlap, a + 1):
-            # the sum of all squared cosines is at least the largest one
-            if float(shared.sum()) > 1 - _SAME and disagreement(pairs.wanted[a], pairs.wanted[b]) > DISAGREE:
-                raise ContradictionError(
-                    "two subjects ask the same key for different values",
-                    value=f"{names[a]!r} and {names[b]!r}",
-                    hint="remove one of the two subjects, or give both the same target",
-                )
+    if len(names) < 2:
+        return
+    if candidates is None:
+        rows = torch.cat([entry.keys for entry in pairs.wanted])
+        candidates = sharing(rows, [len(entry.keys) for entry in pairs.wanted])
+    for a, b in candidates:
+        if disagreement(pairs.wanted[a], pairs.wanted[b]) > DISAGREE:
+            raise ContradictionError(
+                "two subjects ask the same key for different values",
+                value=f"{names[a]!r} and {names[b]!r}",
+                hint="remove one of the two subjects, or give both the same target",
+            )
 
 
 def main_keys(entries: Sequence[Wanted]) -> Tensor:
@@ -204,6 +169,12 @@ def disagreement(first: Wanted, second: Wanted) -> float:
         apart = float(torch.linalg.vector_norm(wants[0] - wants[1]))
         worst = max(worst, apart / scale if scale > 0 else 0.0)
     return worst
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All rows in float64, without a float32 copy of them on the way."""
+    out = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], dtype=torch.float64)
+    return torch.cat(parts, out=out)
 
 
 def _basis(entry: Wanted) -> Tensor:

@@ -62,8 +62,10 @@ def default_templates(kind: Kind, vocabulary: Vocabulary) -> tuple[str, ...]:
 
 def default_preserve(kind: Kind, edited: Collection[Any], vocabulary: Vocabulary) -> tuple[str, ...]:
     """Everything of the same kind that the model is known to know, but for what is being edited."""
-    taken = {noun(name).casefold() for name in edited if isinstance(name, str)}
     known = vocabulary.styles if kind == "style" else vocabulary.objects
+    if not known:
+        return ()
+    taken = {noun(name).casefold() for name in edited if isinstance(name, str)}
     return tuple(name for name in known if name.casefold() not in taken)
 
 
@@ -91,7 +93,8 @@ class TargetChooser:
 
         Args:
             request: the request.
-            avoid: names that must not be chosen: subjects of the same edit are about to lose their meaning.
+            avoid: names, case-folded, that must not be chosen: subjects of the same edit are about to lose their
+                meaning.
 
         Returns:
             The target and the sentence that explains it.
@@ -101,19 +104,20 @@ class TargetChooser:
         """
         if request.kind == "style":
             return STYLE_TARGET, f"a style is dropped: {STYLE_TARGET!r} takes its place"
-        taken = {name.casefold() for name in (*request.names, *avoid)}
+        taken = {name.casefold() for name in request.names}
         vocabulary = self._backend.model.vocabulary
         filed = vocabulary.categories.get(request.subject.casefold())
-        if filed is not None and filed.casefold() not in taken:
+        if filed is not None and filed.casefold() not in taken and filed.casefold() not in avoid:
             members = [name for name in vocabulary.objects if vocabulary.categories.get(name.casefold()) == filed]
             said = f"the model's vocabulary files {request.subject!r} under {filed!r}"
-            others = tuple(name for name in members if name.casefold() not in taken)
+            others = tuple(name for name in members if name.casefold() not in taken and name.casefold() not in avoid)
             if len(members) >= FEW_MEMBERS or not others:
                 return filed, said
             target, near = self._nearest(request.subject, "others", others, self._encode(others))
             return target, f"{said}, which has only {len(members)} members; {near}"
         taken |= {name.casefold() for name in request.preserve}
-        chosen = [i for i, word in enumerate(self.nouns) if word.casefold() not in taken]
+        folded = ((i, word.casefold()) for i, word in enumerate(self.nouns))
+        chosen = [i for i, word in folded if word not in taken and word not in avoid]
         if not chosen:
             raise RequestError(
                 "no general noun is left to choose from", value=repr(request.subject), hint="name a target"
@@ -146,6 +150,7 @@ class Completer:
     def __init__(self, backend: Backend) -> None:
         self._vocabulary = backend.model.vocabulary
         self._chooser = TargetChooser(backend)
+        self._together: tuple[Sequence[Any], frozenset[str]] | None = None
 
     def request(
         self,
@@ -179,7 +184,7 @@ class Completer:
             kind, subject = guess_kind(subject, self._vocabulary)
         kind = kind or "object"
         if preserve is None:
-            preserve = default_preserve(kind, (*together, subject, *aliases), self._vocabulary) if preserves else ()
+            preserve = self._preserve(kind, (subject, *aliases), together) if preserves else ()
         return make_request(
             subject=subject,
             action=action,
@@ -191,10 +196,17 @@ class Completer:
             seed=seed,
         )
 
+    def _preserve(self, kind: Kind, names: Sequence[Any], together: Sequence[Any]) -> tuple[str, ...]:
+        """`default_preserve`; the list of all subjects, the same for each of them, is looked through once."""
+        if self._together is None or self._together[0] is not together:
+            self._together = together, frozenset(noun(name).casefold() for name in together if isinstance(name, str))
+        known = default_preserve(kind, names, self._vocabulary)
+        return tuple(name for name in known if name.casefold() not in self._together[1])
+
     def fill(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
         """The requests with every target chosen, and per request why that one."""
         filled, reasons = [], []
-        subjects = [name for request in requests for name in request.names]
+        subjects = frozenset(name.casefold() for request in requests for name in request.names)
         for request in requests:
             reason = "given"
             if request.target is None:

@@ -31,6 +31,8 @@ def clean(text: str, what: str) -> str:
     """
     if not isinstance(text, str):
         raise RequestError(f"the {what} must be text", value=type(text).__name__)
+    if text.isascii() and text.isprintable() and "<|" not in text and not text.isspace() and text:
+        return " ".join(text.split())  # nothing to normalise, nothing to refuse
     if any(unicodedata.category(ch) == "Cs" for ch in text):
         raise RequestError(
             f"the {what} holds an unpaired surrogate", value=ascii(text), hint="decode the text as UTF-8"

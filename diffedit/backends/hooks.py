@@ -86,7 +86,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside the block; each submodule's own mode comes back afterwards."""
     training = [child for child in module.modules() if child.training]
     try:
-        module.eval()
+        if training:  # setting the mode of a hundred modules takes longer than running the first layer
+            module.eval()
         with torch.no_grad(), torch.autocast(device_type=_device(module).type, enabled=False):
             yield
     finally:

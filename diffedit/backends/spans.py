@@ -6,11 +6,13 @@ Never "the token before EOS" (right only if the subject ends the prompt) and nev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffedit.errors import SubjectTruncatedError
+from diffedit.reading import no_whole_word
 from diffedit.site import SubjectSpan
-from diffedit.text import clean, locate
+from diffedit.text import clean, find, locate
 
 
 def subject_span(tokenizer: Any, prompt: str, subject: str, length: int, occurrence: int | None = None) -> SubjectSpan:
@@ -39,4 +41,58 @@ def subject_span(tokenizer: Any, prompt: str, subject: str, length: int, occurre
             value=f"{len(offsets)} tokens in {prompt[:60]!r}...",
             hint="shorten the prompt or move the subject forward",
         )
-    return SubjectSpan(prompt, subject, hits[0], hits[-1] + 1, eos)
+    return SubjectSpan(prompt, subject, hits[0], hits[-1] + 1, eos, _cut(encoded["input_ids"], length))
+
+
+def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], length: int) -> list[SubjectSpan]:
+    """`subject_span` for many (prompt, subject, character offset of the subject), in one call of the tokenizer.
+
+    Raises:
+        RequestError: a subject does not stand there as whole words.
+        SubjectTruncatedError: see `subject_span`.
+    """
+    distinct = dict.fromkeys(phrases)
+    plain = [phrase for phrase in distinct if _is_plain(*phrase)]
+    found: dict[tuple[str, str, int], SubjectSpan] = {}
+    if plain:
+        prompts = [prompt for prompt, _, _ in plain]
+        encoded = tokenizer(
+            prompts, return_offsets_mapping=True, return_attention_mask=False, truncation=False, verbose=False
+        )
+        for phrase, ids, offsets in zip(plain, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            prompt, subject, begin = phrase
+            end = begin + len(subject)
+            hits = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > begin]
+            eos = min(len(ids), length) - 1
+            if hits and hits[-1] < eos:
+                found[phrase] = SubjectSpan(prompt, subject, hits[0], hits[-1] + 1, eos, _cut(ids, length))
+    for phrase in distinct:
+        if phrase not in found:  # text to be normalised first, or an error to be told
+            prompt, subject, begin = phrase
+            starts = [first for first, _ in find(prompt, subject)]
+            if begin not in starts:
+                raise no_whole_word(prompt)
+            found[phrase] = subject_span(tokenizer, prompt, subject, length, starts.index(begin))
+    return [found[phrase] for phrase in phrases]
+
+
+def _is_plain(prompt: str, subject: str, begin: int) -> bool:
+    """Whether the text is as `clean` would leave it, with the subject at `begin` as whole words."""
+    end = begin + len(subject)
+    around = prompt[max(begin - 1, 0) : begin] + prompt[end : end + 1]
+    return (
+        prompt.isascii()
+        and prompt.isprintable()
+        and "  " not in prompt
+        and prompt == prompt.strip()
+        and "<|" not in prompt
+        and bool(subject)
+        and begin >= 0
+        and prompt[begin:end] == subject
+        and not any(ch.isalnum() or ch == "_" for ch in around)
+    )
+
+
+def _cut(ids: Sequence[int], length: int) -> tuple[int, ...]:
+    """The ids that the encoder reads: a prompt that is too long keeps its end-of-text token."""
+    return tuple(ids) if len(ids) <= length else (*ids[: length - 1], ids[-1])

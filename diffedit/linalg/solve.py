@@ -19,8 +19,12 @@ conditioned 1e12; a float32 `inverse`, as the field's scripts use it, is meaning
 is the minimum-norm solution, singular values below `RCOND` of the largest being dropped. Everything runs in float64,
 whatever the caller's autocast or default dtype says.
 
+From `GRAM_FROM` stacked rows on, the same answer comes from Gram matrices as long as A is conditioned well enough for
+that, and from a QR factorisation in blocks where it is not (`linalg.gram`): the SVD costs seconds there. With at least
+d_in pairs the change has full rank, and the factors are the matrix and the identity.
+
 Source: Basu et al. 2023 (arXiv 2310.13730), eq. 8 and 9; the preserve term is UCE's (arXiv 2308.14761), the second
-moment MEMIT's. Limits: the SVD costs O(N^2 d) for N stacked rows and holds them all in memory.
+moment MEMIT's. Limits: all stacked rows are held in memory, in float64.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import IllConditionedError, NonFiniteError, RequestError
+from diffedit.linalg.gram import GRAM_FROM, Factors, gram_factors, tall_factors
 
 RCOND = 1e-12
 CONDITION_LIMIT = 1e14
@@ -41,8 +46,8 @@ class RidgeSolution:
     """Factors of the change and what the solve says about itself.
 
     Attributes:
-        up: [d_out, n], float64.
-        down: [n, d_in], float64.
+        up: [d_out, n], float64; [d_out, d_in] for many pairs, see the module's text.
+        down: [n, d_in], float64; the identity for many pairs.
         condition: condition number of `A` on the span of the keys (s_max^2 + lam) / (s_min^2 + lam).
         effective_rank: singular values of the stacked keys above `RCOND` (with lam: above rounding) of the largest.
         residual: |(W + D) K - V| / |R|, weighted: the share of the request that regularisation left undone, 0 to 1.
@@ -95,61 +100,79 @@ def ridge_factors(
     if not lam >= 0 or lam == float("inf"):
         raise RequestError("lam must be a finite number >= 0", value=lam)
     root_weights = _root("weights", weights, n, keys)
-    rows = [keys * root_weights[:, None]]
+    if root_weights is not None:
+        keys, residuals = keys * root_weights, residuals * root_weights
     preserved = keys.new_zeros(0, d_in)
     if preserve is not None and preserve.shape[0]:
         preserved = _matrix("preserve", preserve)
         root_p = _root("preserve_weights", preserve_weights, preserved.shape[0], keys)
-        preserved = preserved * root_p[:, None]
-        rows.append(preserved)
-    if moment_root is not None:
-        rows.append(_matrix("moment_root", moment_root))
-    if any(row.shape[1] != d_in for row in rows):
+        preserved = preserved if root_p is None else preserved * root_p
+    moment = keys.new_zeros(0, d_in) if moment_root is None else _matrix("moment_root", moment_root)
+    if any(rows.shape[1] != d_in for rows in (preserved, moment)):
         raise RequestError(
-            "keys, preserve keys and second moment have different widths", value=[tuple(r.shape) for r in rows]
+            "keys, preserve keys and second moment have different widths",
+            value=[tuple(rows.shape) for rows in (keys, preserved, moment)],
         )
-
+    if not bool(keys.any()):
+        raise RequestError("every key is zero", cause="nothing distinguishes the subject at this site")
     with torch.autocast(device_type=keys.device.type, enabled=False), torch.no_grad():
-        stacked = torch.cat(rows)
-        left, sigma, right = torch.linalg.svd(stacked, full_matrices=False)
-        largest = float(sigma[0])
-        if not bool(rows[0].any()):
-            raise RequestError("every key is zero", cause="nothing distinguishes the subject at this site")
-        # With lam a weak direction is damped, not amplified, so only rounding noise may be dropped.
-        kept = sigma > (RCOND if lam == 0 else torch.finfo(torch.float64).eps * max(stacked.shape)) * largest
-        rank = int(kept.sum())
-        condition = (largest**2 + lam) / (float(sigma[rank - 1]) ** 2 + lam)
-        if condition > CONDITION_LIMIT:
-            raise IllConditionedError(
-                "the keys are almost linearly dependent",
-                value=f"condition {condition:.1e}, limit {CONDITION_LIMIT:.0e}",
-                hint="raise lam, or remove subjects that mean the same",
-            )
-        gain = torch.where(kept, sigma / (sigma**2 + lam), torch.zeros_like(sigma))
-        down = (left[:n] * gain) @ right
-        up = (residuals * root_weights[:, None]).T.contiguous()
+        found = _solve(keys, residuals, preserved, moment, lam)
+    return RidgeSolution(found.up, found.down, found.condition, found.rank, found.residual, found.drift)
 
-        wanted = float(torch.linalg.vector_norm(up))
-        left_over = torch.linalg.vector_norm(up.T - (rows[0] @ down.T) @ up.T)
-        drift = torch.linalg.vector_norm((preserved @ down.T) @ up.T)
+
+def _solve(keys: Tensor, residuals: Tensor, preserved: Tensor, moment: Tensor, lam: float) -> Factors:
+    n, d_in = keys.shape
+    total = n + len(preserved) + len(moment)
+    # With lam a weak direction is damped, not amplified, so only rounding noise may be dropped.
+    cut = RCOND if lam == 0 else torch.finfo(torch.float64).eps * max(total, d_in)
+    if total >= GRAM_FROM and not len(moment):
+        found = gram_factors(keys, residuals, preserved, lam) if lam > 0 else None
+        if found is None and n >= d_in:
+            found = tall_factors(keys, residuals, preserved, lam, cut)
+        if found is not None:
+            _check_condition(found.condition)
+            return found
+    left, sigma, right = torch.linalg.svd(torch.cat([keys, preserved, moment]), full_matrices=False)
+    largest = float(sigma[0])
+    kept = sigma > cut * largest
+    rank = int(kept.sum())
+    condition = (largest**2 + lam) / (float(sigma[rank - 1]) ** 2 + lam)
+    _check_condition(condition)
+    gain = torch.where(kept, sigma / (sigma**2 + lam), torch.zeros_like(sigma))
+    down = (left[:n] * gain) @ right
+    up = residuals.T.contiguous()
+    wanted = float(torch.linalg.vector_norm(up))
+    left_over = torch.linalg.vector_norm(up.T - (keys @ down.T) @ up.T)
+    drift = torch.linalg.vector_norm((preserved @ down.T) @ up.T)
     scale = wanted if wanted > 0 else 1.0
-    return RidgeSolution(up, down, condition, rank, float(left_over) / scale, float(drift) / scale)
+    return Factors(up, down, condition, rank, float(left_over) / scale, float(drift) / scale)
+
+
+def _check_condition(condition: float) -> None:
+    if condition > CONDITION_LIMIT:
+        raise IllConditionedError(
+            "the keys are almost linearly dependent",
+            value=f"condition {condition:.1e}, limit {CONDITION_LIMIT:.0e}",
+            hint="raise lam, or remove subjects that mean the same",
+        )
 
 
 def _matrix(name: str, value: Tensor) -> Tensor:
     if value.ndim != 2:
         raise RequestError(f"{name} must be a matrix", value=tuple(value.shape))
     value = value.detach().to(torch.float64)
-    bad = int((~torch.isfinite(value)).sum())
-    if bad:
-        raise NonFiniteError(f"{name} of the solve are not finite", value=f"{bad} of {value.numel()} numbers")
+    if not bool(torch.isfinite(value.sum())):  # a sum carries any NaN or infinity
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise NonFiniteError(f"{name} of the solve are not finite", value=f"{bad} of {value.numel()} numbers")
     return value
 
 
-def _root(name: str, value: Tensor | None, n: int, like: Tensor) -> Tensor:
+def _root(name: str, value: Tensor | None, n: int, like: Tensor) -> Tensor | None:
+    """[n, 1] roots of the weights, `None` for ones."""
     if value is None:
-        return torch.ones(n, dtype=torch.float64, device=like.device)
+        return None
     value = value.detach().to(device=like.device, dtype=torch.float64)
     if value.shape != (n,) or not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
         raise RequestError(f"{name} must be {n} finite numbers >= 0", value=tuple(value.shape))
-    return value.sqrt()
+    return value.sqrt()[:, None]

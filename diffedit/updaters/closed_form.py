@@ -22,11 +22,13 @@ from pydantic import Field
 
 from diffedit.delta import Delta, Diagnostics, LowRank
 from diffedit.interfaces import Backend, Updater
+from diffedit.linalg.gram import GRAM_FROM
 from diffedit.linalg.solve import ridge_factors
 from diffedit.pairs import Pairs
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role
-from diffedit.updaters.values import PairWeights, Recipe, ValueKind, key_values
+from diffedit.updaters.tokens import PairWeights
+from diffedit.updaters.values import Recipe, ValueKind, key_values
 
 FLOAT32_TOL = 1e-7
 TAIL_WEIGHT = 0.3
@@ -95,7 +97,11 @@ class QuickFix(Updater):
         keys, residuals, held = data.stack()
         still = held.new_full((held.shape[0],), self.preserve_weight)
         solution = ridge_factors(keys, residuals, lam=self.lam, preserve=held, preserve_weights=still)
-        change = LowRank(solution.up, solution.down).compress(FLOAT32_TOL)
+        change = LowRank(solution.up, solution.down)
+        if change.rank < GRAM_FROM:
+            change = change.compress(FLOAT32_TOL)
+        elif change.rank < min(change.shape):
+            change = change.orthogonal()
         return change.to(torch.float32), Diagnostics(
             condition=solution.condition,
             effective_rank=solution.effective_rank,

@@ -1,4 +1,4 @@
-"""From requests to numbers: keys, wanted values and weights at one edit site.
+"""From requests to numbers: keys, wanted values and weights at each edit site.
 
 A pair (k, v*) says "where the layer now reads k, let it write v*". k is the layer's input at a token of the source
 prompt ("a photo of a [dog]"); v* comes from the paired token of the target prompt ("a photo of a [cat]"), the bias
@@ -13,44 +13,44 @@ with y the layer's output and x the residual stream it is added to, at the targe
 With `module` the source word's own embedding stays in the stream and later layers can still read it; with `stream`
 everything after the edited layer sees the target's state at that token.
 
-Every request and every preserved name runs in a batch of its own: floating-point results depend a little on what else
-is in a batch, and an edit's pairs must be the same bits whether it was made alone or with others.
+The layer is linear, so the residual y_t - b - W k_s is W (k_t - k_s): one product with the difference, in float32
+(float64 for a float64 model) whatever the model's dtype. The smaller the difference, the smaller the rounding.
+
+Where the backend's numbers allow it (`Backend.independent`) all requests are read and multiplied together, in portions
+that bound the memory; elsewhere each by itself. Each is reduced by itself (`linalg.rows`). So an edit's pairs are the
+same bits whether it was made alone or with others.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffedit.errors import NonFiniteError, NoOpError, RequestError
-from diffedit.interfaces import Activations, Backend
-from diffedit.pairs import Held, Pairs, Wanted, check_contradictions, reduce_rows
+from diffedit.errors import NonFiniteError, NoOpError
+from diffedit.interfaces import Backend
+from diffedit.linalg.rows import reduce_batch, reduce_rows
+from diffedit.pairs import Held, Pairs, Wanted, check_contradictions
+from diffedit.reading import Rows
 from diffedit.request import Request
-from diffedit.site import EditSite, SubjectSpan, TokenRule
-from diffedit.text import find
+from diffedit.site import EditSite, TokenRule
+from diffedit.updaters.tokens import (
+    Entry,
+    Listed,
+    PairWeights,
+    group_of,
+    held_entry,
+    list_pairs,
+    portions,
+    wanted_entry,
+)
 
 ValueKind = Literal["stream", "module"]
 
-
-@dataclass(frozen=True)
-class PairWeights:
-    """How much each kind of token pair counts in the solve; 0 leaves it out.
-
-    Attributes:
-        subject: tokens that the location's rule selects.
-        eos: each token after the subject up to the end-of-text token, which is the only one if the subject ends the
-            prompt.
-        padding: each padding position after it.
-    """
-
-    subject: float = 1.0
-    eos: float = 0.0
-    padding: float = 0.0
+_ROWS = 16  # products have a multiple of this many rows: see `Backend.read`
 
 
 @dataclass(frozen=True)
@@ -59,48 +59,13 @@ class Recipe:
 
     Attributes:
         kind: see the module's text.
-        tol: see `diffedit.pairs.reduce_rows`.
+        tol: see `diffedit.linalg.rows.reduce_rows`.
         keep_bias: leave the bias in the wanted values, as the released Diff-QuickFix does.
     """
 
     kind: ValueKind
     tol: float
     keep_bias: bool = False
-
-
-@dataclass(frozen=True)
-class _Pair:
-    source: int
-    target: int
-    i: int
-    j: int
-    weight: float
-
-
-class _Batch:
-    """Prompts that run together, and where their phrases stand in them."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.prompts: list[str] = []
-        self._phrases: list[tuple[str, int]] = []
-
-    def add(self, prompt: str, phrase: str, start: int) -> int:
-        starts = [a for a, _ in find(prompt, phrase)]
-        if start not in starts:
-            raise RequestError(
-                "the subject is no whole word in its template", value=repr(prompt), hint='put spaces around "{}"'
-            )
-        self.prompts.append(prompt)
-        self._phrases.append((phrase, starts.index(start)))
-        return len(self.prompts) - 1
-
-    def run(self, sites: Sequence[EditSite], padded: bool) -> tuple[list[SubjectSpan], Activations]:
-        spans = [
-            self._backend.span(prompt, phrase, nth)
-            for prompt, (phrase, nth) in zip(self.prompts, self._phrases, strict=True)
-        ]
-        return spans, self._backend.capture(self.prompts, sites, padded=padded)
 
 
 def key_values(
@@ -111,12 +76,12 @@ def key_values(
     weights: Sequence[PairWeights],
     recipe: Recipe,
 ) -> dict[EditSite, Pairs]:
-    """Collect the pairs of all requests at each site, in forward passes that stop there.
+    """Collect the pairs of all requests at each site, running the model no further than to the sites.
 
     Args:
         backend: the model.
         requests: each with a target.
-        sites: sites of one component.
+        sites: where.
         rule: which tokens of the subject are paired.
         weights: per request, how much each kind of pair counts; its preserve keys weigh the same by kind.
         recipe: how they become numbers.
@@ -124,148 +89,148 @@ def key_values(
     Raises:
         NoOpError: the wanted values of a request are the present ones.
         ContradictionError: the same key is asked for two different values.
-        NonFiniteError: the model's activations are not finite.
+        NonFiniteError: the model's weights or activations are not finite.
     """
-    wanted: dict[EditSite, list[Wanted]] = {site: [] for site in sites}
-    held: dict[EditSite, dict[tuple[str, str], Held]] = {site: {} for site in sites}
     edited = {name.casefold() for request in requests for name in request.names}
+    asked: list[Entry] = []
+    kept: dict[tuple[str, str], Entry] = {}
     for request, weight in zip(requests, weights, strict=True):
-        group = _group(request, weight)
-        for site, entry in _wanted(backend, request, sites, rule, weight, recipe, group).items():
-            wanted[site].append(entry)
+        group = group_of(request, weight)
+        asked.append(wanted_entry(request, weight, group))
         for name in request.preserve:
-            if name.casefold() not in edited and (name.casefold(), group) not in held[sites[0]]:
-                for site, kept in _held(backend, request, name, sites, rule, weight, recipe, group).items():
-                    held[site][kept.key] = kept
+            key = name.casefold(), group
+            if key[0] not in edited and key not in kept:
+                kept[key] = held_entry(request, name, weight, group)
+    norms = {site: _norm(backend, site) for site in sites}
+    wanted, shared = _collect(backend, asked, sites, rule, recipe, norms)
+    held, _ = _collect(backend, list(kept.values()), sites, rule, recipe, norms)
     found = {}
     for site in sites:
-        norm = float(torch.linalg.vector_norm(backend.weight(site).detach(), dtype=torch.float64))
-        found[site] = Pairs(tuple(wanted[site]), tuple(held[site].values()), norm)
-        check_contradictions(found[site], [request.subject for request in requests])
+        found[site] = Pairs(
+            tuple(
+                Wanted(keys, residuals, count, entry.group)
+                for entry, (keys, residuals, count) in zip(asked, wanted[site], strict=True)
+            ),
+            tuple(
+                Held(name, group, keys, count)
+                for (_, group), entry, (keys, _, count) in zip(kept, kept.values(), held[site], strict=True)
+                for name in [str(entry.held)]
+            ),
+            norms[site],
+        )
+        check_contradictions(found[site], [request.subject for request in requests], sorted(shared[site]))
     return found
 
 
-def _group(request: Request, weights: PairWeights) -> str:
-    """Sixteen hex digits that say which prompts stand around a name, and how its tokens weigh."""
-    text = repr((request.templates, weights.subject, weights.eos, weights.padding))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+_Numbers = tuple[Tensor, Tensor, int]  # keys [r, d_in], residuals [r, d_out], pairs that they stand for
 
 
-def _wanted(
+def _collect(
     backend: Backend,
-    request: Request,
+    entries: Sequence[Entry],
     sites: Sequence[EditSite],
     rule: TokenRule,
-    weights: PairWeights,
     recipe: Recipe,
-    group: str,
-) -> dict[EditSite, Wanted]:
-    if request.target is None:
-        raise RequestError("the request has no target yet", value=repr(request.subject))
-    batch = _Batch(backend)
-    targets = [batch.add(prompt, request.target, at) for prompt, at in request.render(request.target)]
-    couples = [
-        (batch.add(prompt, name, at), target)
-        for name in request.names
-        for (prompt, at), target in zip(request.render(name), targets, strict=True)
-    ]
-    spans, seen = batch.run(sites, weights.padding > 0)
-    length = seen.tokens.shape[1]
-    pairs = [pair for s, t in couples for pair in _pairs(s, t, spans[s], spans[t], rule, weights, length)]
-    if not pairs:
-        raise RequestError(
-            "no token pairs are left", cause="every pair weight is 0", hint="give the subject tokens a weight"
-        )
-    return {site: _at_site(backend, site, seen, pairs, request, recipe, group) for site in sites}
+    norms: dict[EditSite, float],
+) -> tuple[dict[EditSite, list[_Numbers]], dict[EditSite, set[tuple[int, int]]]]:
+    """The reduced rows of each entry, in order, and which entries have a key in common, to the bit.
+
+    All entries are requests, or all preserved names. Prompts that are the same up to a token give the same key there;
+    of several entries with one key, each is named beside the first.
+    """
+    out: dict[EditSite, dict[int, _Numbers]] = {site: {} for site in sites}
+    shared: dict[EditSite, set[tuple[int, int]]] = {site: set() for site in sites}
+    holders: dict[EditSite, dict[int, int]] = {site: {} for site in sites}
+    for portion in portions(backend, entries, sites):
+        part = [entries[i] for i in portion]
+        listed = list_pairs(backend, part, rule, sites[0])
+        rows = backend.read(listed.places, sites, padded=part[0].weights.padding > 0)
+        for site in sites:
+            keys, residuals = _differences(backend, site, part, listed, rows, recipe, norms[site])
+            out[site].update(zip(portion, _reduced(keys, residuals, part, listed, recipe.tol), strict=True))
+            owners = (i for i, count in zip(portion, listed.counts, strict=True) for _ in range(count))
+            for i, row in zip(owners, keys.cpu().numpy(), strict=True):
+                first = holders[site].setdefault(hash(row.tobytes()), i)
+                if first != i:
+                    shared[site].add((min(first, i), max(first, i)))
+    return {site: [found[i] for i in range(len(entries))] for site, found in out.items()}, shared
 
 
-def _pairs(
-    s: int, t: int, source: SubjectSpan, target: SubjectSpan, rule: TokenRule, weights: PairWeights, length: int
-) -> Iterator[_Pair]:
-    """Token pairs of one couple of prompts: subject tokens from the end, then what follows them, by offset."""
-    if weights.subject > 0:
-        goal = target.positions(rule)
-        for back, i in enumerate(reversed(source.positions(rule))):
-            yield _Pair(s, t, i, goal[max(len(goal) - 1 - back, 0)], weights.subject)
-    if weights.eos > 0 and rule is not TokenRule.EOS:
-        for i, j in zip(range(source.stop, source.eos + 1), range(target.stop, target.eos + 1), strict=False):
-            yield _Pair(s, t, i, j, weights.eos)
-    if weights.padding > 0:
-        for step in range(1, length - source.eos):
-            yield _Pair(s, t, source.eos + step, min(target.eos + step, length - 1), weights.padding)
-
-
-def _at_site(
+def _differences(
     backend: Backend,
     site: EditSite,
-    seen: Activations,
-    pairs: Sequence[_Pair],
-    request: Request,
+    entries: Sequence[Entry],
+    listed: Listed,
+    rows: Rows,
     recipe: Recipe,
-    group: str,
-) -> Wanted:
-    weight, bias = backend.weight(site).detach(), backend.bias(site)
-    inputs, outputs, streams = (x[site].double() for x in (seen.inputs, seen.outputs, seen.streams))
-    parts = {"the weight": weight, "the layer's input": inputs, "the layer's output": outputs}
-    for what, value in parts.items():
-        _check_finite(what, value, site)
-    s, i, t, j = torch.tensor([(p.source, p.i, p.target, p.j) for p in pairs], device=inputs.device).T
-    keys, values = inputs[s, i], outputs[t, j]
-    if bias is not None and not recipe.keep_bias:
-        values = values - bias.detach().double()
-    if recipe.kind == "stream":
-        values = values + (streams[t, j] - streams[s, i])
-    current = keys @ weight.double().T
-    residuals = values - current
-    if float(torch.linalg.vector_norm(residuals)) <= 1e-6 * float(torch.linalg.vector_norm(current)):
+    norm: float,
+) -> tuple[Tensor, Tensor]:
+    """Keys [n, d_in] and residuals [n, d_out] of all pairs (no columns for preserved names), weights not folded in."""
+    inputs, streams = rows.inputs[site], rows.streams[site]
+    s, t = torch.tensor([listed.sources, listed.targets], device=inputs.device)
+    keys = inputs[s]
+    _check_finite("the layer's input", keys, site)
+    if entries[0].held is not None:
+        return keys, keys[:, :0]
+    with torch.no_grad(), torch.autocast(device_type=inputs.device.type, enabled=False):
+        shift = torch.nn.functional.pad(inputs[t] - keys, (0, 0, 0, -len(keys) % _ROWS))
+        residuals = (shift @ backend.weight(site).detach().to(inputs.dtype).T)[: len(keys)]
+        bias = backend.bias(site)
+        if bias is not None and recipe.keep_bias:
+            residuals += bias.detach().to(inputs.dtype)
+        if recipe.kind == "stream":
+            residuals += streams[t] - streams[s]
+    _check_finite("the layer's output", residuals, site)
+    owner = torch.arange(len(entries)).repeat_interleave(torch.tensor(listed.counts)).to(inputs.device)
+    sizes = [
+        torch.zeros(len(entries), dtype=torch.float64, device=inputs.device).index_add_(0, owner, energy)
+        for energy in (residuals.double().square().sum(1), keys.double().square().sum(1))
+    ]
+    present = norm * sizes[1].sqrt() / site.d_in**0.5  # what the layer writes for such keys, typically
+    idle = (sizes[0].sqrt() <= 1e-6 * present).nonzero().flatten().tolist()
+    if idle:
+        request = entries[idle[0]].request
         raise NoOpError(
             f"the edit asks {site.name} for what it already does",
             value=repr(f"{request.subject} -> {request.target}"),
             cause="subject and target look the same to this layer",
             hint="choose another target",
         )
-    scale = torch.tensor([p.weight for p in pairs], dtype=torch.float64, device=inputs.device)
-    keys, residuals = reduce_rows(keys, residuals * request.strength, scale, recipe.tol)
-    return Wanted(_store(keys, weight), _store(residuals, weight), len(pairs), group)
+    return keys, residuals
 
 
-def _held(
-    backend: Backend,
-    request: Request,
-    name: str,
-    sites: Sequence[EditSite],
-    rule: TokenRule,
-    weights: PairWeights,
-    recipe: Recipe,
-    group: str,
-) -> dict[EditSite, Held]:
-    """Keys of one preserved name: each kind of token that is edited is also held still."""
-    batch = _Batch(backend)
-    for prompt, at in dict(request.render(name)).items():
-        batch.add(prompt, name, at)
-    spans, seen = batch.run(sites, weights.padding > 0)
-    kept: list[tuple[int, int, float]] = []
-    for row, span in enumerate(spans):
-        if weights.subject > 0:
-            kept += [(row, position, weights.subject) for position in span.positions(rule)]
-        if weights.eos > 0 and rule is not TokenRule.EOS:
-            kept += [(row, position, weights.eos) for position in range(span.stop, span.eos + 1)]
-        if weights.padding > 0:
-            kept += [(row, position, weights.padding) for position in range(span.eos + 1, seen.tokens.shape[1])]
-    found = {}
-    for site in sites:
-        inputs = seen.inputs[site].double()
-        _check_finite("the layer's input", inputs, site)
-        keys = torch.stack([inputs[row, position] for row, position, _ in kept])
-        scale = torch.tensor([weight for *_, weight in kept], dtype=torch.float64, device=inputs.device)
-        reduced, _ = reduce_rows(keys, keys[:, :0], scale, recipe.tol)
-        found[site] = Held(name, group, _store(reduced, backend.weight(site)), len(kept))
-    return found
+def _reduced(keys: Tensor, residuals: Tensor, entries: Sequence[Entry], listed: Listed, tol: float) -> list[_Numbers]:
+    """Each entry's rows, as the edit keeps them; entries with equally many pairs go together."""
+    out: dict[int, _Numbers] = {}
+    counts = torch.tensor(listed.counts)
+    starts = counts.cumsum(0) - counts
+    scale = torch.tensor(listed.weights, dtype=torch.float64, device=keys.device)
+    strength = torch.tensor([entry.request.strength for entry in entries], dtype=torch.float64, device=keys.device)
+    for n in torch.unique(counts).tolist():
+        members = (counts == n).nonzero().flatten()
+        at = (starts[members][:, None] + torch.arange(n)).to(keys.device)
+        k, r = keys[at].double(), residuals[at].double() * strength[members.to(keys.device)][:, None, None]
+        if n <= keys.shape[1] + residuals.shape[1]:
+            rows, changes, ranks = reduce_batch(k, r, scale[at], tol)
+        else:
+            each = [reduce_rows(*one, tol) for one in zip(k, r, scale[at], strict=True)]
+            rows, changes = torch.cat([a for a, _ in each]), torch.cat([b for _, b in each])
+            ranks = tuple(len(a) for a, _ in each)
+        # Rounded *before* the solve, so that what is kept gives the same change again.
+        split = zip(
+            torch.split(rows.to(keys.dtype), list(ranks)), torch.split(changes.to(keys.dtype), list(ranks)), strict=True
+        )
+        out.update((i, (a, b, n)) for i, (a, b) in zip(members.tolist(), split, strict=True))
+    return [out[i] for i in range(len(entries))]
 
 
-def _store(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows as the edit keeps them, rounded *before* the solve, so that what is kept gives the same change again."""
-    return rows.to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+def _norm(backend: Backend, site: EditSite) -> float:
+    """Frobenius norm of the weight, which is finite if every number of it is."""
+    weight = backend.weight(site).detach()
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    if norm == float("inf") or norm != norm:
+        _check_finite("the weight", weight, site)
+    return norm
 
 
 def _check_finite(what: str, value: Tensor, site: EditSite) -> None:
