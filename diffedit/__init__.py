@@ -29,6 +29,7 @@ _PUBLIC = {
     "Edit": "diffedit.edit",
     "EditSite": "diffedit.site",
     "Editor": "diffedit.editor",
+    "Evaluation": "diffedit.evaluate.records",
     "FixedLocator": "diffedit.locators.fixed",
     "Ledger": "diffedit.ledger",
     "Location": "diffedit.site",
@@ -36,6 +37,8 @@ _PUBLIC = {
     "LowRank": "diffedit.delta",
     "Measure": "diffedit.traceable",
     "ModelDiff": "diffedit.audit.records",
+    "Outcome": "diffedit.fleet",
+    "Plan": "diffedit.plan",
     "QuickFix": "diffedit.updaters.closed_form",
     "QuickFixPublished": "diffedit.updaters.closed_form",
     "Request": "diffedit.request",
@@ -45,8 +48,10 @@ _PUBLIC = {
     "Traceable": "diffedit.traceable",
     "Updater": "diffedit.interfaces",
     "Verification": "diffedit.audit.verify",
+    "apply_to_models": "diffedit.fleet",
     "compose": "diffedit.edit",
     "diff": "diffedit.audit.diff",
+    "evaluate_edit": "diffedit.evaluate.run",
     "verify": "diffedit.audit.verify",
 }
 

@@ -18,7 +18,7 @@ from diffedit import algebra
 from diffedit.algebra import Conflict
 from diffedit.delta import Delta
 from diffedit.errors import NotAppliedError, RequestError, StorageError
-from diffedit.io.adapters import Exported, export_adapters
+from diffedit.io.adapters import Exported, Layout, export_adapters
 from diffedit.io.card import model_card
 from diffedit.io.files import delta_to_tensors, encode_edit
 from diffedit.io.folder import write_folder
@@ -112,18 +112,19 @@ class Edit:
         logger.info("saved %s to %s", self, saved)
         return saved
 
-    def export(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Exported:
-        """Write the adapters alone (kohya's and PEFT's) as a new folder, or as one `.safetensors` file of kohya's.
+    def export(self, path: str | Path, *, dtype: torch.dtype = torch.float32, layout: Layout = "kohya") -> Exported:
+        """Write the adapters alone (kohya's and PEFT's) as a new folder, or one LoRA as a `.safetensors` file.
 
         Args:
             path: what to make; it must not be there yet.
             dtype: float32, float16 or bfloat16; the result and the card say what the rounding costs.
+            layout: of a `.safetensors` file: "kohya", which all programs read, or "diffusers".
 
         Raises:
             SwallowedError, NonFiniteError: `dtype` cannot hold the change.
             OutputExistsError, StorageError: see `save`.
         """
-        return export_adapters(self.delta, self.manifest, Path(os.path.expanduser(path)), dtype)
+        return export_adapters(self.delta, self.manifest, Path(os.path.expanduser(path)), dtype, layout)
 
     def files(self) -> dict[str, bytes]:
         """The folder's files in memory, by name; the same edit gives the same bytes."""

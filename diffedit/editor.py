@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffedit import registry
-from diffedit.backends.loading import load_model
+from diffedit.backends.deferred import complete
 from diffedit.edit import Edit
-from diffedit.errors import NotAppliedError, RequestError, UnsupportedModelError
+from diffedit.errors import NotAppliedError
 from diffedit.interfaces import Backend, Locator, Updater, Vocabulary
 from diffedit.ledger import Ledger, Trial
+from diffedit.plan import Plan
+from diffedit.planning import make_plan
+from diffedit.preparing import check_sampling, choose_backend, choose_plugins, make_requests, pair_up, prepare
 from diffedit.provenance import check_base, describe
 from diffedit.request import Kind, Request
 from diffedit.site import EditSite
@@ -37,7 +40,8 @@ class Editor:
 
     Args:
         model: a `StableDiffusionPipeline`, `"builtin:emoji"`, a pipeline folder, a Hub id or a single-file
-            `.safetensors` checkpoint.
+            `.safetensors` checkpoint. Of files only what an edit needs is read: UNet and VAE follow when they are
+            needed.
         backend: name of the model family; default: the one that recognises the model.
         device: where to put the model; default: where it is.
         dtype: dtype to load it in; default float32, which keeps small edits. A pipeline object keeps its own.
@@ -60,25 +64,16 @@ class Editor:
         token: str | None = None,
         config: str | None = None,
     ) -> None:
-        classes = registry.backends() if backend is None else (registry.get("backends", backend),)
-        loaded = load_model(model, device=device, dtype=dtype, revision=revision, token=token, config=config)
-        accepting = [cls for cls in classes if cls.accepts(loaded.pipeline)]
-        if len(accepting) != 1:
-            tried = ", ".join(cls.name for cls in classes)
-            raise UnsupportedModelError(
-                "no backend accepts the model" if not accepting else "several backends accept the model",
-                value=f"{type(loaded.pipeline).__name__} from {loaded.source!r}; tried {tried}",
-                hint="choose one with backend=" if accepting else "see `diffedit list`; a plugin can add a family",
-            )
-        self.backend: Backend = accepting[0](loaded)
+        loading: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "token": token}
+        self.backend: Backend = choose_backend(model, backend, config=config, **loading)
         self.ledger = Ledger(self.backend)
         self._edits: dict[str, Edit] = {}
         self._complete = Completer(self.backend)
 
     @property
     def pipeline(self) -> Any:
-        """The live pipeline; its weights carry the active edits."""
-        return self.backend.model.pipeline
+        """The live pipeline, whole; its weights carry the active edits. UNet and VAE are read now if they were not."""
+        return complete(self.backend.model.pipeline)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -97,7 +92,7 @@ class Editor:
         target: str | None = None,
         kind: Kind | None = None,
         updater: str | Updater = "quickfix",
-        locator: str | Locator = "fixed",
+        locator: str | Locator | None = None,
         preserve: Sequence[str] | None = None,
         aliases: Sequence[str] = (),
         templates: Sequence[str] = (),
@@ -110,7 +105,7 @@ class Editor:
             target: what takes its place; default: chosen automatically, logged, and recorded in the edit.
             kind: "object" or "style"; default: a style if the model's vocabulary lists it or the subject says so.
             updater: name or object.
-            locator: name or object.
+            locator: name or object; default: the one that the updater is made for.
             preserve: concepts whose outputs must stay; default: all others that the model's vocabulary lists, if it has
                 one. An empty list preserves nothing.
             aliases: other names of the subject (one subject only).
@@ -120,15 +115,8 @@ class Editor:
         Returns:
             The edit, already in the model.
         """
-        subjects: list[Any] = list(subject) if isinstance(subject, list | tuple) else [subject]
-        if not subjects:
-            raise RequestError("there is no subject", value="[]", hint="name at least one")
-        if aliases and len(subjects) > 1:
-            raise RequestError("aliases belong to one subject", value=subjects, hint="list them as subjects")
-        change = registry.build("updaters", updater)
         said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
-        said |= {"seed": seed, "together": subjects, "preserves": change.preserves}
-        requests = [self._complete.request(name, "ablate", **said) for name in subjects]
+        requests, change = make_requests(self._complete, "ablate", subject, updater, **said, seed=seed)
         return self.run(requests, updater=change, locator=locator)
 
     def update(
@@ -138,40 +126,55 @@ class Editor:
         *,
         kind: Kind | None = None,
         updater: str | Updater = "quickfix",
-        locator: str | Locator = "fixed",
+        locator: str | Locator | None = None,
         preserve: Sequence[str] | None = None,
         aliases: Sequence[str] = (),
         templates: Sequence[str] = (),
         seed: int = 0,
     ) -> Edit:
         """Give a concept another meaning ("flag of X" -> "flag of Y"); arguments as for `ablate`."""
-        change = registry.build("updaters", updater)
         said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
-        said |= {"seed": seed, "together": [subject], "preserves": change.preserves}
-        return self.run([self._complete.request(subject, "update", **said)], updater=change, locator=locator)
+        requests, change = make_requests(self._complete, "update", [subject], updater, **said, seed=seed)
+        return self.run(requests, updater=change, locator=locator)
+
+    def plan(
+        self,
+        subject: str | Sequence[str],
+        *,
+        target: str | None = None,
+        kind: Kind | None = None,
+        updater: str | Updater = "quickfix",
+        locator: str | Locator | None = None,
+        preserve: Sequence[str] | None = None,
+        aliases: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Plan:
+        """What `ablate` with the same arguments would do and cost: sites, ranks, bytes, time and memory.
+
+        Changes nothing. The estimates come from doing a small part of the work (see `diffedit.planning`); an `update`
+        costs what an `ablate` of the same subject does.
+
+        Raises:
+            RequestError: the locator has to measure before its sites are known.
+            DiffEditError: what `ablate` would raise, as far as the part that is done shows it.
+        """
+        said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
+        requests, change = make_requests(self._complete, "ablate", subject, updater, **said, seed=seed)
+        chosen = choose_plugins(requests, change, locator)
+        return make_plan(self.backend, self.ledger, self._complete, requests, *chosen)
 
     def run(
-        self, requests: Sequence[Request], *, updater: str | Updater = "quickfix", locator: str | Locator = "fixed"
+        self, requests: Sequence[Request], *, updater: str | Updater = "quickfix", locator: str | Locator | None = None
     ) -> Edit:
         """Carry out requests in one solve: what `ablate` and `update` call."""
-        subjects = [name.casefold() for request in requests for name in request.names]
-        if len(set(subjects)) < len(subjects):
-            twice = sorted({name for name in subjects if subjects.count(name) > 1})
-            raise RequestError("a subject is given twice", value=", ".join(twice), hint="name each once")
-        find: Locator = registry.build("locators", locator)
-        change: Updater = registry.build("updaters", updater)
+        change, find = choose_plugins(requests, updater, locator)
         with self.ledger.unedited():
-            filled, reasons = self._complete.fill(requests)
-            location = find.locate(self.backend, filled)
-            wrong = [site.name for site in location.sites if site.role not in change.roles]
-            if wrong:
-                raise UnsupportedModelError(
-                    f"the updater {change.name} cannot edit these sites", value=", ".join(wrong)
-                )
-            delta = change.solve(self.backend, filled, location)
+            ready = prepare(self.backend, self._complete, requests, change, find)
+            delta = change.solve(self.backend, ready.requests, ready.location)
         trial = self.ledger.trial(delta)
-        manifest = describe(self.backend, self.ledger, filled, reasons, location, delta, trial, find, change)
-        return self._apply(Edit(manifest, delta), trial)
+        said = (ready.requests, ready.reasons, ready.location, delta, trial, find, change)
+        return self._apply(Edit(describe(self.backend, self.ledger, *said), delta), trial)
 
     def trace(
         self,
@@ -248,12 +251,7 @@ class Editor:
             guidance: classifier-free guidance scale; default: the model's own.
             batch_size: pictures sampled together; costs memory, saves time.
         """
-        texts: Any = [prompts] if isinstance(prompts, str) else prompts
-        numbers: Any = [seeds] if isinstance(seeds, int) else seeds
-        if not isinstance(texts, Sequence) or not isinstance(numbers, Sequence):
-            given = f"{type(prompts).__name__} and {type(seeds).__name__}"
-            raise RequestError("prompts and seeds are each one or a list", value=given)
-        pairs = [(text, number) for text in texts for number in numbers]
+        pairs = pair_up(prompts, seeds)
         return self.generate_pairs(pairs, steps=steps, guidance=guidance, batch_size=batch_size)
 
     def generate_pairs(
@@ -268,11 +266,7 @@ class Editor:
         sampling = self.backend.model.sampling
         steps = sampling.steps if steps is None else steps
         guidance = sampling.guidance if guidance is None else guidance
-        for text, number in pairs:
-            _check(text, str, "a prompt is text")
-            _check(number, int, "a seed is a whole number")
-        for value in (steps, batch_size):
-            _check(value, int, "steps and batch size are whole numbers of at least 1", least=1)
+        check_sampling(pairs, steps, batch_size)
         return self.backend.generate(pairs, steps=steps, guidance=guidance, batch_size=batch_size)
 
     def save_pipeline(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -292,9 +286,3 @@ class Editor:
         edit.bind(self.ledger)
         self.ledger.apply(edit.id, edit.delta, trial)
         return edit
-
-
-def _check(value: Any, kind: type, rule: str, least: int = 0) -> None:
-    fits = isinstance(value, kind)
-    if not fits or (least and value < least):
-        raise RequestError(rule, value=repr(value))

@@ -22,8 +22,10 @@ from pydantic import BaseModel, ConfigDict
 from diffedit.delta import Delta
 from diffedit.errors import NotComposableError
 from diffedit.pairs import Pairs
+from diffedit.reading import Place, Rows, no_whole_word, read_by_prompt
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role, SubjectSpan
+from diffedit.text import find
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,6 +146,44 @@ class Backend(ABC):
                 prompt. A causal encoder gives the same numbers for the positions that both have.
         """
 
+    def spans(self, phrases: Sequence[tuple[str, str, int]]) -> list[SubjectSpan]:
+        """`span` for many: (prompt, subject, character offset of the subject in the prompt) each.
+
+        Raises:
+            RequestError: a subject does not stand there as whole words.
+            SubjectTruncatedError: see `span`.
+        """
+        found = []
+        for prompt, subject, start in phrases:
+            starts = [first for first, _ in find(prompt, subject)]
+            if start not in starts:
+                raise no_whole_word(prompt)
+            found.append(self.span(prompt, subject, starts.index(start)))
+        return found
+
+    def read(self, places: Sequence[Place], sites: Sequence[EditSite], *, padded: bool = False) -> Rows:
+        """What the sites see at single tokens, each (span of its prompt, position).
+
+        Args:
+            places: n tokens.
+            sites: as for `capture`.
+            padded: likewise.
+        """
+        prompts = tuple(dict.fromkeys(span.prompt for span, _ in places))
+        return read_by_prompt(self, places, sites, prompts, padded)
+
+    def independent(self, sites: Sequence[EditSite], *, padded: bool = False) -> bool:
+        """Whether `read` gives a token the same bits whatever else is read with it.
+
+        A forward pass does not promise that: its rounding depends a little on the batch. Where the answer is no, each
+        request is read by itself, so that an edit's numbers do not depend on its company either way.
+        """
+        return False
+
+    def positions(self, prompt: str, site: EditSite) -> int:
+        """How many positions the site's component reads, special tokens and padding included."""
+        return int(self.capture([prompt], [site], padded=True).tokens.shape[1])
+
     @abstractmethod
     def weight(self, site: EditSite) -> Tensor:
         """The live weight [d_out, d_in] (not a copy).
@@ -205,10 +245,12 @@ class Updater(Plugin, ABC):
         roles: the kinds of layer that it may edit.
         preserves: whether it is meant to be given the concepts that should stay. The editor then lists everything else
             that the model's vocabulary knows, unless the user gives a list.
+        locator: name of the locator that finds its sites if the user names none.
     """
 
     roles: ClassVar[tuple[Role, ...]]
     preserves: ClassVar[bool] = False
+    locator: ClassVar[str] = "fixed"
 
     @abstractmethod
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:

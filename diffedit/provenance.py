@@ -12,7 +12,7 @@ from diffedit.interfaces import Backend, Locator, Plugin, Updater
 from diffedit.io.files import delta_to_tensors, tensor_records
 from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord, diagnostics_dict
 from diffedit.io.pairs import pairs_records
-from diffedit.ledger import Ledger, Trial, cast_hashes, tensor_hash
+from diffedit.ledger import Ledger, Trial, tensor_hash
 from diffedit.request import Request
 from diffedit.site import EditSite, Location
 
@@ -56,7 +56,7 @@ def describe(
                 d_in=site.d_in,
                 rank=change.rank,
                 relative_norm=tried.relative_norm,
-                base_sha256=cast_hashes(base),
+                base_sha256=ledger.base_hashes(site),
                 result_sha256=tried.sha256,
                 achieved=tried.achieved,
                 dtype=str(base.dtype).removeprefix("torch."),
@@ -103,7 +103,7 @@ def check_base(manifest: Manifest, backend: Backend, ledger: Ledger) -> None:
             )
     for record in manifest.sites:
         base = ledger.base(record.site)
-        own = cast_hashes(base)
+        own = ledger.base_hashes(record.site)
         if any(own.get(name) == digest for name, digest in record.base_sha256.items()):
             continue
         if tensor_hash(base) == record.result_sha256:

@@ -27,15 +27,26 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "backends": {
         "sd1": "diffedit.backends.stable_diffusion:SD1",
         "sd2": "diffedit.backends.stable_diffusion:SD2",
+        "sdxl": "diffedit.backends.sdxl:SDXL",
     },
     "locators": {
         "fixed": "diffedit.locators.fixed:FixedLocator",
         "causal-trace": "diffedit.locators.causal_trace:CausalTracing",
         "locogen": "diffedit.locators.locogen:LocoGen",
+        "cross-attention": "diffedit.locators.cross_attention:CrossAttentionLocator",
+        "text-layers": "diffedit.locators.text_layers:TextLayersLocator",
+        "text-mlp": "diffedit.locators.text_mlp:TextMLPLocator",
     },
     "updaters": {
         "quickfix": "diffedit.updaters.closed_form:QuickFix",
         "quickfix-published": "diffedit.updaters.closed_form:QuickFixPublished",
+        "uce": "diffedit.updaters.cross_attention:UCE",
+        "time": "diffedit.updaters.cross_attention:TIME",
+        "locoedit": "diffedit.updaters.cross_attention:LocoEdit",
+        "refact": "diffedit.updaters.rank_one:ReFACT",
+        "esd": "diffedit.updaters.finetune.esd:ESD",
+        "concept-ablation": "diffedit.updaters.finetune.concept_ablation:ConceptAblation",
+        "finetune-text-encoder": "diffedit.updaters.finetune.text_encoder:FineTuneTextEncoder",
     },
     "measures": {
         "embedding": "diffedit.locators.measures:EmbeddingEffect",

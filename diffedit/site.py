@@ -8,7 +8,7 @@ module; nothing else resolves names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -70,6 +70,7 @@ class SubjectSpan:
         start: first token of the subject.
         stop: one past the last token of the subject (half-open).
         eos: position of the end-of-text token.
+        tokens: ids from the begin-of-text token to the end-of-text token, if the backend says; no part of equality.
     """
 
     prompt: str
@@ -77,6 +78,7 @@ class SubjectSpan:
     start: int
     stop: int
     eos: int
+    tokens: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def last(self) -> int:

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from diffedit.backends.deferred import unread
 from diffedit.backends.ldm import EMA_PREFIX, checkpoint_names
 from diffedit.backends.publish import new_file
 from diffedit.backends.tensorfile import TensorFile, copy_patched, in_file_dtype, open_tensors, same_values
@@ -64,6 +67,24 @@ def save_checkpoint(
             value=ascii(str(path)),
             hint="a checkpoint is patched into a new file; choose another path",
         )
+    checkpoint, new, named = patches(backend, source, sites)
+    if not new:
+        raise NoOpError("the model's weights are those of the file", value=source.name, hint="apply an edit first")
+    with new_file(path) as temporary:
+        copy_patched(checkpoint, temporary, new)
+    return {name: named[name] for name in sorted(new)}
+
+
+def patches(
+    backend: Backend, source: Path, sites: Sequence[EditSite] | None = None
+) -> tuple[TensorFile, dict[str, Tensor], dict[str, EditSite]]:
+    """What `save_checkpoint` would change in a file.
+
+    Arguments and errors are those of `save_checkpoint`.
+
+    Returns:
+        The file, the new values in its dtype by name, and the names of all the sites.
+    """
     try:
         checkpoint = open_tensors(source)
     except OSError as error:
@@ -75,8 +96,6 @@ def save_checkpoint(
         for name, site in named.items()
         if not same_values(backend.weight(site), stored[name])
     }
-    if not new:
-        raise NoOpError("the model's weights are those of the file", value=source.name, hint="apply an edit first")
     averaged = [name for name in new if named[name].component == UNET]
     if averaged and any(name.startswith(EMA_PREFIX) for name in checkpoint.entries):
         raise UnsupportedModelError(
@@ -85,19 +104,21 @@ def save_checkpoint(
             cause="programs that prefer that copy would not see the edit",
             hint="use the checkpoint's EMA-only version",
         )
-    with new_file(path) as temporary:
-        copy_patched(checkpoint, temporary, new)
-    return {name: named[name] for name in sorted(new)}
+    return checkpoint, new, named
 
 
 def _named(backend: Backend, checkpoint: TensorFile, sites: Sequence[EditSite] | None) -> dict[str, EditSite]:
     """Where the sites are in the file."""
-    config: Any = getattr(getattr(backend.model.pipeline, UNET, None), "config", {})
-    layers = config.get("layers_per_block", 2)
+    whole = unread(backend.model.pipeline) is None
+    chosen = (backend.sites(*Role) if whole else backend.sites()) if sites is None else sites  # unread is unedited
+    layers: Any = 2
+    if any(site.component == UNET for site in chosen):
+        config: Any = getattr(getattr(backend.model.pipeline, UNET, None), "config", {})
+        layers = config.get("layers_per_block", 2)
     if not isinstance(layers, int):
         raise UnsupportedModelError("the UNet's blocks differ in size", value=f"layers_per_block {layers}")
     named = {}
-    for site in backend.sites(*Role) if sites is None else sites:
+    for site in chosen:
         candidates = checkpoint_names(site, layers)
         found = [name for name in candidates if name in checkpoint.entries]
         if len(found) != 1:

@@ -101,6 +101,18 @@ def copy_component(module: nn.Module, source: Path, target: Path) -> tuple[str, 
     return tuple(sorted(names))
 
 
+def holds(module: nn.Module, folder: Path) -> bool:
+    """Whether every complete set of weights in a folder is the module's, under names that old libraries read.
+
+    Raises:
+        UnsupportedTensorError: an adapter is active, or the weights are on the meta device.
+        MalformedArtifactError: a weight file is damaged.
+    """
+    live = _live(module)
+    sets = [found for found in (_compare(*group, live) for group in _groups(folder)) if found is not None]
+    return bool(sets) and not any(found.differing or _is_flat_text_encoder(found) for found in sets)
+
+
 def copy_files(source: Path, target: Path) -> None:
     """Copy a folder's files byte for byte; links are resolved (the Hub's cache consists of them), hidden files not."""
     target.mkdir()

@@ -2,6 +2,8 @@
 
     text, SD 1.x   cond_stage_model.transformer.text_model.encoder.layers.N.self_attn.out_proj.weight
     text, SD 2.x   cond_stage_model.model.transformer.resblocks.N.attn.out_proj.weight    (fc2: mlp.c_proj)
+    text, SDXL     conditioner.embedders.0.transformer.text_model.encoder.layers.N...     (text_encoder)
+                   conditioner.embedders.1.model.transformer.resblocks.N...               (text_encoder_2)
     UNet           model.diffusion_model.input_blocks.I.1.transformer_blocks.0.attn2.to_k.weight
                    (or middle_block.1..., output_blocks.I.1...)
 
@@ -43,7 +45,11 @@ def checkpoint_names(site: EditSite, layers_per_block: int) -> tuple[str, ...]:
             f"cond_stage_model.transformer.{site.path}.weight",
             f"cond_stage_model.model.transformer.resblocks.{layer}.{_OPEN_CLIP[part]}.weight",
             f"cond_stage_model.transformer.{site.path.removeprefix('text_model.')}.weight",  # some early fine-tunes
+            f"conditioner.embedders.0.transformer.{site.path}.weight",
         )
+    if site.component == "text_encoder_2" and (match := _TEXT.fullmatch(site.path)):
+        layer, part = match.groups()
+        return (f"conditioner.embedders.1.model.transformer.resblocks.{layer}.{_OPEN_CLIP[part]}.weight",)
     if site.component == "unet" and (match := _CROSS.fullmatch(site.path)):
         side, block, index, rest = match.groups()
         place = "middle_block"

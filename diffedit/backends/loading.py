@@ -3,6 +3,9 @@
 A pipeline object is used as it is. `builtin:emoji`, a local folder, a Hub id and a single-file `.safetensors`
 checkpoint are loaded by stock diffusers, from safetensors only: a pickle can run code, so it is refused before
 anything opens it. Loading is in float32 unless a dtype is named, because half precision rounds small edits away.
+
+Of files, only what reads text is loaded: text encoders, tokenizers, the scheduler's settings. The rest follows by
+itself when something looks at it; see `deferred`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from diffedit.backends.deferred import Unread, defer, stamp
+from diffedit.backends.deferred import unread as not_read_yet
+from diffedit.backends.families import pipeline_class
+from diffedit.backends.parts import PICKLES, check_file, check_folder, left_out
 from diffedit.bundled import BUNDLED, PREFIX, bundled
 from diffedit.errors import DiffEditError, ModelNotFoundError, UnsafeFormatError, nearest
 from diffedit.interfaces import LoadedModel, Sampling, Vocabulary
 from diffedit.text import with_article
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
-_NOT_TEXT = ("unet", "vae", "safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ def load_model(
         source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         return _place(LoadedModel(model, _public_name(str(source))), device, dtype)
     found, kind = locate_model(model, revision=revision, token=token), dtype or torch.float32
+    found = replace(found, path=Path(os.path.abspath(found.path)))  # the rest may be read from another working folder
     if found.path.is_dir():
         return _place(_from_folder(found, kind, text_only), device, None)
     return _place(_from_single_file(found, kind, config, text_only), device, None)
@@ -98,7 +105,7 @@ def locate_model(model: str | Path, *, revision: str | None = None, token: str |
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike Path.is_dir it also answers for names that no file can have
         return Found(path, path.resolve().name)
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise UnsafeFormatError(
             "a pickle checkpoint can run code when it is opened",
             value=repr(path.name),
@@ -128,17 +135,22 @@ def _from_folder(found: Found, dtype: torch.dtype, text_only: bool) -> LoadedMod
             if edit
             else "give the folder that save_pretrained() wrote",
         )
-    weights = [p for p in folder.rglob("*") if p.suffix.lower() in (*_PICKLES, ".safetensors")]
-    if weights and all(p.suffix.lower() in _PICKLES for p in weights):
+    weights = [p for p in folder.rglob("*") if p.suffix.lower() in (*PICKLES, ".safetensors")]
+    if weights and all(p.suffix.lower() in PICKLES for p in weights):
         raise UnsafeFormatError(
             "the folder holds its weights as pickles only",
             value=repr(weights[0].name),
             hint="save it again with safe_serialization=True on a machine that you can lose",
         )
-    from diffusers import StableDiffusionPipeline
+    kind, (names, files) = pipeline_class(folder), (frozenset(), []) if text_only else check_folder(folder)
+    options = {"local_files_only": True, "use_safetensors": True}
 
-    options = {"local_files_only": True, "use_safetensors": True, **_left_out(text_only)}
-    pipeline = _load(StableDiffusionPipeline.from_pretrained, found, dtype, **options)
+    def load(kept: Mapping[str, Any]) -> Any:
+        return _load(kind.from_pretrained, found, dtype, **options, **kept)
+
+    pipeline = load(left_out(kind) if names or text_only else {})
+    if names:
+        defer(pipeline, Unread(names, folder, load, stamp(files)))
     vocabulary, sampling = _read_vocabulary(folder / "vocabulary.json")
     return LoadedModel(pipeline, found.source, found.revision, vocabulary, sampling)
 
@@ -149,15 +161,16 @@ def _from_single_file(found: Found, dtype: torch.dtype, config: str | None, text
         raise UnsafeFormatError(
             "only .safetensors checkpoints are read", value=repr(path.name), hint="convert the file"
         )
-    from diffusers import StableDiffusionPipeline
+    kind, names = pipeline_class(path), frozenset() if text_only else check_file(path, config)
+    options = {} if config is None else {"config": os.path.abspath(config) if os.path.isdir(config) else config}
 
-    extra = _left_out(text_only) | ({} if config is None else {"config": config})
-    pipeline = _load(StableDiffusionPipeline.from_single_file, found, dtype, **extra)
-    return LoadedModel(pipeline, found.source, file=found.path)
+    def load(kept: Mapping[str, Any]) -> Any:
+        return _load(kind.from_single_file, found, dtype, **options, **kept)
 
-
-def _left_out(text_only: bool) -> dict[str, Any]:
-    return {**dict.fromkeys(_NOT_TEXT), "requires_safety_checker": False} if text_only else {}
+    pipeline = load(left_out(kind) if names or text_only else {})
+    if names:
+        defer(pipeline, Unread(names, path, load, stamp([path])))
+    return LoadedModel(pipeline, found.source, file=path)
 
 
 def _from_hub(name: str, revision: str | None, token: str | None) -> Found:
@@ -209,7 +222,12 @@ def _load(loader: Any, found: Found, dtype: torch.dtype, **options: Any) -> Any:
 
 
 def _place(loaded: LoadedModel, device: str | torch.device | None, dtype: torch.dtype | None) -> LoadedModel:
-    if device is not None or dtype is not None:
+    if not_read_yet(loaded.pipeline) is not None:  # what is read later goes where the text encoder is
+        for name in ("text_encoder", "text_encoder_2"):
+            part = getattr(loaded.pipeline, name, None)
+            if part is not None and device is not None:
+                part.to(device)
+    elif device is not None or dtype is not None:
         loaded.pipeline.to(**{key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None})
     return loaded
 

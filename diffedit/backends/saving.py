@@ -2,8 +2,9 @@
 
 A pipeline that came from a folder (one of this machine, or the Hub's cache) is written as that folder with the edits in
 it: every file is copied byte for byte, except that in the weight files of a touched component the touched tensors are
-new; see `component`. What cannot be copied because the live pipeline has something else there (another scheduler,
-other tokens) is written anew. A pipeline that came from nowhere is written whole.
+new; see `component`. Components that were never read (see `deferred`) are copied unread. What cannot be copied because
+the live pipeline has something else there (another scheduler, other tokens) is written anew. A pipeline that came from
+nowhere is written whole.
 
 `save_pretrained` alone is not enough for that: from transformers 5.6 on it may write the text encoder under flat names,
 which older releases load as *random weights* with no more than a warning, and it writes the tokenizer as
@@ -17,12 +18,14 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from diffedit.backends.component import WEIGHTS, copy_component, copy_files, nested_name
+from diffedit.backends.deferred import complete, in_memory, unread
 from diffedit.backends.publish import new_folder
 from diffedit.errors import UnsupportedModelError, UnsupportedTensorError
 
@@ -36,7 +39,7 @@ def save_pipeline(pipeline: Any, path: Path, *, overwrite: bool = False) -> Path
     """Write the pipeline as a folder that stock diffusers loads; it appears complete or not at all.
 
     Args:
-        pipeline: a `StableDiffusionPipeline`.
+        pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
         path: the folder to make.
         overwrite: replace a pipeline folder (one with `model_index.json`) that is already there.
 
@@ -48,27 +51,36 @@ def save_pipeline(pipeline: Any, path: Path, *, overwrite: bool = False) -> Path
         StorageError: the file system refused; what was there is there still.
     """
     path = Path(os.path.abspath(path))
+    waiting = unread(pipeline)
+    if waiting is not None and not waiting.source.is_dir():  # the rest of a single file has to be converted
+        waiting, pipeline = None, complete(pipeline)
+    still = waiting.names if waiting is not None else frozenset()
     for name in ("unet", "vae"):
-        if getattr(pipeline, name, None) is None:
+        if name not in still and getattr(pipeline, name, None) is None:
             hint = "load the whole model, then save"
             raise UnsupportedModelError(
                 "a pipeline without all its parts cannot be saved", value=f"no {name}", hint=hint
             )
-    for name, component in pipeline.components.items():
+    components = in_memory(pipeline)
+    for name, component in components.items():
         if isinstance(component, nn.Module) and any(hasattr(part, "base_layer") for part in component.modules()):
             raise UnsupportedTensorError(
                 "a pipeline with an active adapter cannot be saved as a model",
                 value=name,
                 hint="call fuse_lora() and unload_lora_weights(), or only the latter, then save",
             )
-    source = source_folder(pipeline)
+    source = source_folder(pipeline) if waiting is None else waiting.source
     with new_folder(path, replaceable=INDEX if overwrite else None) as fresh:
         if source is None:
             pipeline.save_pretrained(fresh)
-            for name, component in pipeline.components.items():
+            for name, component in components.items():
                 _write_readably(name, component, fresh / name)
         else:
-            _copy_pipeline(pipeline, source, fresh)
+            _copy_pipeline(pipeline, components, source, fresh)
+            if waiting is not None:  # what was never read was never changed
+                waiting.check()
+                for name in sorted(still):
+                    copy_files(source / name, fresh / name)
     return path
 
 
@@ -85,10 +97,10 @@ def source_folder(pipeline: Any) -> Path | None:
     return None
 
 
-def _copy_pipeline(pipeline: Any, source: Path, fresh: Path) -> None:
+def _copy_pipeline(pipeline: Any, components: Mapping[str, Any], source: Path, fresh: Path) -> None:
     stored = json.loads((source / INDEX).read_text(encoding="utf-8"))
     described = True  # whether the base's own index still tells the truth
-    for name, component in pipeline.components.items():
+    for name, component in components.items():
         entry = stored.get(name)
         described &= (component is None) == (not isinstance(entry, list) or entry[1] is None)
         if component is not None and not _copied(name, component, entry, source / name, fresh / name):
@@ -150,7 +162,7 @@ def _same_config(scheduler: Any, folder: Path) -> bool:
 
 def _write_readably(name: str, component: Any, folder: Path) -> None:
     """Mend what `save_pretrained` wrote: nested names for the text encoder, old files for the tokenizer."""
-    if name == "text_encoder" and not hasattr(component, "text_model"):
+    if name.startswith("text_encoder") and not hasattr(component, "text_model"):
         nested = {nested_name(key): value.contiguous() for key, value in component.state_dict().items()}
         shutil.rmtree(folder)
         component.save_pretrained(folder, state_dict=nested)

@@ -27,28 +27,29 @@ from diffedit.backends.interventions import Interventions
 from diffedit.backends.quiet import quiet
 from diffedit.backends.saving import save_pipeline
 from diffedit.backends.spans import subject_span
+from diffedit.backends.token_reads import TokenReads
 from diffedit.backends.unet import UNET, cross_attention_layer, cross_attention_sites, record_cross_attention
 from diffedit.errors import UnsupportedModelError, UnsupportedTensorError
-from diffedit.interfaces import Activations, Backend
+from diffedit.interfaces import Activations
 from diffedit.site import EditSite, Role, SubjectSpan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_COMPONENT = "text_encoder"
 _PREFIX = "text_model.encoder.layers"
 _EDITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class StableDiffusion(Interventions, Backend):
+class StableDiffusion(Interventions, TokenReads):
     """What both families share; see `SD1` and `SD2`."""
 
     activation: ClassVar[str]
+    component: ClassVar[str] = "text_encoder"
 
     @classmethod
     def accepts(cls, pipeline: Any) -> bool:
         """A pipeline with one CLIP text encoder of this family's activation and a 2-D UNet."""
-        encoder = getattr(pipeline, _COMPONENT, None)
+        encoder = getattr(pipeline, cls.component, None)
         config = getattr(encoder, "config", None)
         return (
             getattr(config, "model_type", "").startswith("clip")
@@ -64,11 +65,11 @@ class StableDiffusion(Interventions, Backend):
 
     @property
     def _encoder(self) -> Any:
-        return self.model.pipeline.text_encoder
+        return getattr(self.model.pipeline, self.component)
 
     @property
     def _tokenizer(self) -> Any:
-        return self.model.pipeline.tokenizer
+        return getattr(self.model.pipeline, self.component.replace("text_encoder", "tokenizer"))
 
     @cached_property
     def length(self) -> int:
@@ -82,8 +83,8 @@ class StableDiffusion(Interventions, Backend):
         found = []
         for i in range(config.num_hidden_layers):
             attn = f"{_PREFIX}.{i}.self_attn.out_proj"
-            found.append(EditSite(_COMPONENT, attn, i, Role.TEXT_SELF_ATTN_OUT, hidden, hidden))
-            found.append(EditSite(_COMPONENT, f"{_PREFIX}.{i}.mlp.fc2", i, Role.TEXT_MLP_OUT, hidden, inner))
+            found.append(EditSite(self.component, attn, i, Role.TEXT_SELF_ATTN_OUT, hidden, hidden))
+            found.append(EditSite(self.component, f"{_PREFIX}.{i}.mlp.fc2", i, Role.TEXT_MLP_OUT, hidden, inner))
         return tuple(sorted(found, key=lambda site: (site.layer, site.role)))
 
     @cached_property
@@ -97,7 +98,11 @@ class StableDiffusion(Interventions, Backend):
         answer is the text encoder alone.
         """
         wanted = roles or (Role.TEXT_SELF_ATTN_OUT, Role.TEXT_MLP_OUT)
-        return tuple(site for site in (*self._sites, *self._cross_sites) if site.role in wanted)
+        in_text = tuple(site for site in self._sites if site.role in wanted)
+        in_unet = any(role in (Role.UNET_CROSS_ATTN_K, Role.UNET_CROSS_ATTN_V) for role in wanted)
+        if not in_unet:  # asking the UNet would read it from the disk
+            return in_text
+        return in_text + tuple(site for site in self._cross_sites if site.role in wanted)
 
     def span(self, prompt: str, subject: str, occurrence: int | None = None) -> SubjectSpan:
         """Token positions of the subject; see `Backend.span`."""
@@ -220,8 +225,8 @@ class StableDiffusion(Interventions, Backend):
 
     def _layer(self, site: EditSite) -> nn.Module:
         layers = self._root(self._encoder).encoder.layers
-        if site.component != _COMPONENT or not 0 <= site.layer < len(layers):
-            known = f"{len(layers)} layers in {_COMPONENT}"
+        if site.component != self.component or not 0 <= site.layer < len(layers):
+            known = f"{len(layers)} layers in {self.component}"
             raise UnsupportedModelError("the model has no such edit site", value=site.name, cause=f"it has {known}")
         layer: nn.Module = layers[site.layer]
         return layer

@@ -130,7 +130,7 @@ def copy_patched(
         UnsupportedTensorError: a shape or dtype does not fit.
         OSError: the file system refused.
     """
-    patches = [(source.entries[name], _encode(name, source.entries[name], value)) for name, value in tensors.items()]
+    patches = [(source.entries[name], encode(name, source.entries[name], value)) for name, value in tensors.items()]
     with source.path.open("rb") as reader, target.open("xb") as writer:
         if names:
             start = _write_header(source, names, writer)
@@ -141,6 +141,21 @@ def copy_patched(
         for entry, data in patches:
             writer.seek(start + entry.start)
             writer.write(data)
+
+
+def encode(name: str, entry: Entry, value: Tensor) -> bytes:
+    """The bytes that stand at `entry` when its tensor is `value`.
+
+    Raises:
+        UnsupportedTensorError: the shape or the dtype does not fit.
+    """
+    dtype = FLOATS.get(entry.dtype)
+    if dtype is None or tuple(value.shape) != entry.shape:
+        raise UnsupportedTensorError(
+            f"{name} cannot be replaced", value=f"{entry.dtype} {entry.shape} by {value.dtype} {tuple(value.shape)}"
+        )
+    flat = value.detach().cpu().to(dtype).contiguous().reshape(-1).view(_INTEGERS[dtype.itemsize])
+    return flat.numpy().astype(f"<i{dtype.itemsize}", copy=False).tobytes()
 
 
 def in_file_dtype(name: str, live: Tensor, stored: Tensor) -> Tensor:
@@ -179,16 +194,6 @@ def same_values(live: Tensor, stored: Tensor) -> bool:
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "I8": 8, "U8": 8, "I16": 16, "I32": 32, "I64": 64, "BOOL": 8}
-
-
-def _encode(name: str, entry: Entry, value: Tensor) -> bytes:
-    dtype = FLOATS.get(entry.dtype)
-    if dtype is None or tuple(value.shape) != entry.shape:
-        raise UnsupportedTensorError(
-            f"{name} cannot be replaced", value=f"{entry.dtype} {entry.shape} by {value.dtype} {tuple(value.shape)}"
-        )
-    flat = value.detach().cpu().to(dtype).contiguous().reshape(-1).view(_INTEGERS[dtype.itemsize])
-    return flat.numpy().astype(f"<i{dtype.itemsize}", copy=False).tobytes()
 
 
 def _write_header(source: TensorFile, names: Mapping[str, str], writer: BinaryIO) -> int:

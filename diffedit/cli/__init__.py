@@ -11,7 +11,24 @@ from typing import Annotated
 import typer
 
 from diffedit._version import __version__
-from diffedit.cli import ablate, apply, diff, export, generate, listing, merge, pull, push, show, trace, update, verify
+from diffedit.cli import (
+    ablate,
+    apply,
+    diff,
+    evaluate,
+    export,
+    generate,
+    listing,
+    merge,
+    plan,
+    pull,
+    push,
+    show,
+    trace,
+    update,
+    verify,
+)
+from diffedit.cli.lists import ListCommand
 from diffedit.cli.shell import Group
 
 app = typer.Typer(
@@ -44,7 +61,8 @@ def main(
 
 app.command("ablate")(ablate.ablate)
 app.command("update")(update.update)
-app.command("apply")(apply.apply)
+app.command("plan")(plan.plan)
+app.command("apply", cls=ListCommand)(apply.apply)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("show")(show.show)
@@ -54,6 +72,7 @@ app.command("generate")(generate.generate)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("trace")(trace.trace)
+app.command("evaluate")(evaluate.evaluate)
 app.command("list")(listing.list_plugins)
 
 __all__ = ["app"]

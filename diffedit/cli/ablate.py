@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffedit.cli import options
-from diffedit.cli.editing import Plan, concept_fields, loading_fields, run
+from diffedit.cli.editing import Job, concept_fields, loading_fields, run
 from diffedit.cli.shell import Result
 
 
@@ -26,7 +26,7 @@ def ablate(
     template: options.Template = None,
     random_seed: options.RandomSeed = 0,
     updater: options.UpdaterName = "quickfix",
-    locator: options.LocatorName = "fixed",
+    locator: options.LocatorName = None,
     setting: options.Setting = None,
     backend: options.BackendName = None,
     device: options.Device = None,
@@ -42,7 +42,7 @@ def ablate(
     Example: diffedit ablate builtin:emoji dog --preserve wolf -o no-dog --preview
     """
     return run(
-        Plan(
+        Job(
             command="ablate",
             model=model,
             subjects=subject,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffedit.cli import settings
 from diffedit.cli.describe import edit_payload, print_requests, print_rows, print_sites
 from diffedit.cli.options import ConceptKind, DtypeName
 from diffedit.cli.shell import Result, working
+from diffedit.cli.training import editing
 from diffedit.errors import OutputExistsError, RequestError, StorageError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ PREVIEW_SEEDS = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Job:
     """Everything that `ablate` and `update` read from the command line.
 
     Attributes:
@@ -37,7 +39,7 @@ class Plan:
         loading: `backend`, `device` and `dtype` for the model.
         concept: `kind`, `aliases`, `preserve`, `templates` and `seed` of the request.
         updater: registered name.
-        locator: registered name.
+        locator: registered name, or `None` for the one that the updater is made for.
         pairs: the texts given with `--set`.
         out: folder for the edit, or `None` for the default.
         overwrite: whether the folder may exist.
@@ -51,7 +53,7 @@ class Plan:
     loading: dict[str, Any]
     concept: dict[str, Any]
     updater: str
-    locator: str
+    locator: str | None
     pairs: Sequence[str]
     out: Path | None
     overwrite: bool
@@ -83,42 +85,59 @@ def loading_fields(backend: str | None, device: str | None, dtype: DtypeName | N
 def open_editor(model: str, loading: dict[str, Any]) -> Editor:
     """An `Editor`, behind a spinner (importing torch and loading weights take seconds)."""
     with working(f"Opening {model}"):
-        import torch
-
         from diffedit.editor import Editor
 
-        device, dtype = loading["device"], loading["dtype"]
-        if device is not None:
-            try:
-                torch.empty(0, device=device)
-            except (RuntimeError, AssertionError, NotImplementedError) as error:
-                cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise RequestError(
-                    "that device cannot be used", value=repr(device), cause=cause, hint="try --device cpu"
-                ) from error
-        wanted = getattr(torch, dtype) if dtype else None
-        return Editor(model, backend=loading["backend"], device=device, dtype=wanted, config=loading.get("config"))
+        return Editor(model, **usable_device(loading))
 
 
-def run(plan: Plan) -> Result:
+def process_device(given: str | None) -> str | None:
+    """Each process of several that `accelerate launch` started takes its own accelerator, if the user names none."""
+    if given is not None or "LOCAL_RANK" not in os.environ:
+        return given
+    import torch
+
+    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+
+
+def usable_device(loading: dict[str, Any]) -> dict[str, Any]:
+    """`loading` with a torch dtype, after a look whether the device can be used.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    import torch
+
+    device, dtype = loading["device"], loading["dtype"]
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RequestError(
+                "that device cannot be used", value=repr(device), cause=cause, hint="try --device cpu"
+            ) from error
+    return {**loading, "dtype": getattr(torch, dtype) if dtype else None}
+
+
+def run(job: Job) -> Result:
     """Carry out an `ablate` or `update` from the first check to the report."""
-    refuse_existing(plan.out, plan.overwrite)
-    for_updater, for_locator = settings.split(plan.pairs)
+    refuse_existing(job.out, job.overwrite)
+    for_updater, for_locator = settings.split(job.pairs)
     with working("Reading settings"):
-        updater = settings.build("updaters", plan.updater, for_updater)
-        locator = settings.build("locators", plan.locator, for_locator)
-    editor = open_editor(plan.model, plan.loading)
-    with working(f"Editing {', '.join(plan.subjects)}"):
-        chosen = {**plan.concept, "updater": updater, "locator": locator}
-        if plan.command == "update" and plan.target is not None:
-            edit = editor.update(plan.subjects[0], plan.target, **chosen)
+        updater = settings.build("updaters", job.updater, for_updater)
+        locator = settings.build("locators", job.locator or updater.locator, for_locator)
+    editor = open_editor(job.model, job.loading)
+    with editing(f"Editing {', '.join(job.subjects)}", updater) as updater:
+        chosen = {**job.concept, "updater": updater, "locator": locator}
+        if job.command == "update" and job.target is not None:
+            edit = editor.update(job.subjects[0], job.target, **chosen)
         else:
-            edit = editor.ablate(list(plan.subjects), target=plan.target, **chosen)
-        folder = _shortest(edit.save(plan.out, overwrite=plan.overwrite))
-    picture = folder / PREVIEW_NAME if plan.preview else None
+            edit = editor.ablate(list(job.subjects), target=job.target, **chosen)
+        folder = _shortest(edit.save(job.out, overwrite=job.overwrite))
+    picture = folder / PREVIEW_NAME if job.preview else None
     if picture:
         save_image(draw_preview(editor, edit), picture)
-    return _report(plan.command, edit, folder, picture)
+    return _report(job.command, edit, folder, picture)
 
 
 def refuse_existing(out: Path | None, overwrite: bool) -> None:
@@ -184,11 +203,18 @@ def _report(command: str, edit: Edit, folder: Path, picture: Path | None) -> Res
         rows += [("picture", str(picture))] if picture else []
         rows += [
             ("load it", f"pipe.load_lora_weights({str(folder)!r})   # stock diffusers"),
-            ("", f"PeftModel.from_pretrained(pipe.text_encoder, {str(folder)!r})   # stock PEFT"),
+            *(("", f"{call}   # stock PEFT") for call in _peft_calls(edit, folder)),
         ]
         print_rows(console, rows)
 
     return Result(payload, render)
+
+
+def _peft_calls(edit: Edit, folder: Path) -> list[str]:
+    """One for each edited component: a PEFT adapter belongs to one model."""
+    components = sorted({site.component for site in edit.manifest.sites})
+    where = {part: "" if part == "text_encoder" else f", subfolder={part!r}" for part in components}
+    return [f"PeftModel.from_pretrained(pipe.{part}, {str(folder)!r}{inside})" for part, inside in where.items()]
 
 
 def _shortest(path: Path) -> Path:

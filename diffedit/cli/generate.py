@@ -1,4 +1,4 @@
-"""`diffedit generate`: pictures from a model, with or without edits."""
+"""`diffedit generate`: pictures from a model, with or without edits, in one process or in several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from diffedit.cli import options
 from diffedit.cli.describe import print_rows
-from diffedit.cli.editing import loading_fields, open_editor, save_image
+from diffedit.cli.editing import loading_fields, open_editor, process_device, save_image
 from diffedit.cli.shell import Result, working
 from diffedit.errors import OutputExistsError
 
@@ -26,6 +26,9 @@ def generate(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Folder for the pictures.")] = Path(
         "pictures"
     ),
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Pictures drawn together; costs memory, saves time.")
+    ] = 4,
     overwrite: options.Overwrite = False,
     backend: options.BackendName = None,
     device: options.Device = None,
@@ -34,6 +37,8 @@ def generate(
     debug: options.Debug = False,
 ) -> Result:
     """Draw every prompt with every seed; with --edit, from the edited model.
+
+    accelerate launch -m diffedit generate ... spreads the pictures over processes; they are the same for any number.
 
     Example: diffedit generate builtin:emoji "a dog" "a cat" --edit no-dog --seed 0 --seed 1
     """
@@ -46,14 +51,24 @@ def generate(
             value=str(existing[0]),
             hint="choose another folder or add --overwrite",
         )
-    editor = open_editor(model, loading_fields(backend, device, dtype))
+    editor = open_editor(model, loading_fields(backend, process_device(device), dtype))
     with working(f"Loading {len(edit or ())} edits"):
         loaded = [editor.load(folder).id for folder in edit or ()]
-    with working(f"Drawing {len(paths)} pictures"):
-        images = editor.generate(prompt, seeds=seeds, steps=steps, guidance=guidance)
     pairs = [(text, number) for text in prompt for number in seeds]
-    for image, path in zip(images, paths, strict=True):
-        save_image(image, path)
+    with working(f"Drawing {len(paths)} pictures"):
+        from diffedit.drawing import draw
+        from diffedit.tracing.run import first_process
+
+        draw(
+            editor,
+            pairs,
+            lambda index, image: save_image(image, paths[index]),
+            steps=steps,
+            guidance=guidance,
+            batch_size=batch_size,
+        )
+    if not first_process():
+        raise typer.Exit(0)
     pictures = [
         {"prompt": text, "seed": number, "file": str(path)} for (text, number), path in zip(pairs, paths, strict=True)
     ]

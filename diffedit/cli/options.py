@@ -86,9 +86,12 @@ UpdaterName = Annotated[
     ),
 ]
 LocatorName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--locator", metavar="NAME", help="How to choose the layers; see diffedit list.", rich_help_panel=_METHOD_PANEL
+        "--locator",
+        metavar="NAME",
+        help="How to choose the layers; see diffedit list. Default: the updater's own.",
+        rich_help_panel=_METHOD_PANEL,
     ),
 ]
 Setting = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffedit.cli import options
-from diffedit.cli.editing import Plan, concept_fields, loading_fields, run
+from diffedit.cli.editing import Job, concept_fields, loading_fields, run
 from diffedit.cli.shell import Result
 
 
@@ -21,7 +21,7 @@ def update(
     template: options.Template = None,
     random_seed: options.RandomSeed = 0,
     updater: options.UpdaterName = "quickfix",
-    locator: options.LocatorName = "fixed",
+    locator: options.LocatorName = None,
     setting: options.Setting = None,
     backend: options.BackendName = None,
     device: options.Device = None,
@@ -37,7 +37,7 @@ def update(
     Example: diffedit update builtin:emoji house castle -o castles
     """
     return run(
-        Plan(
+        Job(
             command="update",
             model=model,
             subjects=[subject],

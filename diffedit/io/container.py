@@ -27,7 +27,7 @@ from diffedit.io.manifest import canonical_json
 from diffedit.io.strict import loads
 
 MAX_FILE = 1 << 30
-MAX_HEADER = 1 << 20
+MAX_HEADER = 1 << 24  # some 20,000 requests in one edit
 MAX_TENSORS = 4096
 MAX_RANK = 4
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticSerializationError
 
-from diffedit.delta import Diagnostics
+from diffedit.delta import Diagnostics, TrainingDiagnostics
 from diffedit.errors import RequestError
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role, TokenRule
@@ -177,6 +177,6 @@ def canonical_json(value: Any) -> bytes:
     return text.encode("utf-8")
 
 
-def diagnostics_dict(diagnostics: Diagnostics | None) -> dict[str, float] | None:
-    """`Diagnostics` as plain numbers for the manifest."""
+def diagnostics_dict(diagnostics: Diagnostics | TrainingDiagnostics | None) -> dict[str, float] | None:
+    """Diagnostics as plain numbers for the manifest."""
     return None if diagnostics is None else {key: float(value) for key, value in vars(diagnostics).items()}

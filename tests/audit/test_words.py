@@ -136,7 +136,7 @@ def test_layers_that_words_do_not_reach():
         f"{LAYER}.self_attn.q_proj.bias",
         f"{LAYER}.layer_norm1.weight",
         "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_v.weight",
-        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.weight",
+        "text_encoder_2.text_model.embeddings.token_embedding.weight",
         "vae.decoder.conv_in.weight",
     ):
         assert not reachable(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,21 +83,28 @@ def open_clip(source: Path, target: Path) -> Path:
     old, new = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
     tensors = load_file(source)
     text = {key.removeprefix(old): tensors.pop(key) for key in [k for k in tensors if k.startswith(old)]}
-    tensors[f"{new}positional_embedding"] = text.pop("embeddings.position_embedding.weight")
-    tensors[f"{new}token_embedding.weight"] = text.pop("embeddings.token_embedding.weight")
+    tensors |= {new + key: value for key, value in open_clip_names(text).items()}
+    plain = {key: value.clone().contiguous() for key, value in tensors.items()}
+    save_file(plain, target, {"format": "pt", "made": "up"})
+    return target
+
+
+def open_clip_names(text: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A CLIP text encoder's tensors, named without `text_model.`, under OpenCLIP's names; q, k and v become one."""
+    text = dict(text)
+    tensors = {"positional_embedding": text.pop("embeddings.position_embedding.weight")}
+    tensors["token_embedding.weight"] = text.pop("embeddings.token_embedding.weight")
     for leaf in ("weight", "bias"):
-        tensors[f"{new}ln_final.{leaf}"] = text.pop(f"final_layer_norm.{leaf}")
+        tensors[f"ln_final.{leaf}"] = text.pop(f"final_layer_norm.{leaf}")
     layers = {int(key.split(".")[2]) for key in text}
     names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
     names |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     for layer in layers:
         for leaf in ("weight", "bias"):
-            block = f"{new}transformer.resblocks.{layer}"
+            block = f"transformer.resblocks.{layer}"
             for ours, theirs in names.items():
                 tensors[f"{block}.{theirs}.{leaf}"] = text.pop(f"encoder.layers.{layer}.{ours}.{leaf}")
             parts = [text.pop(f"encoder.layers.{layer}.self_attn.{which}_proj.{leaf}") for which in "qkv"]
             tensors[f"{block}.attn.in_proj_{leaf}"] = torch.cat(parts)
     assert not text
-    plain = {key: value.clone().contiguous() for key, value in tensors.items()}
-    save_file(plain, target, {"format": "pt", "made": "up"})
-    return target
+    return tensors

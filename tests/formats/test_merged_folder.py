@@ -351,6 +351,7 @@ def test_half_a_pipeline_is_refused(base, tmp_path):
 
 def test_a_damaged_base_is_an_error_and_leaves_nothing(copied, tmp_path):
     editor = Editor(copied)
+    assert editor.pipeline.unet is not None  # read, and then no longer what is on the disk
     file = copied / UNET
     data = file.read_bytes()
     file.unlink()  # the old bytes stay mapped in the live model

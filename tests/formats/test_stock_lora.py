@@ -50,6 +50,11 @@ for base, edit, parts in json.loads(sys.argv[2]):
     measure("before", pipe)
     pipe.load_lora_weights(edit)
     measure("diffusers", pipe)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(edit + "-diffusers.safetensors")
+    measure("diffusers layout", pipe)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(edit)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     measure("fused", pipe)
@@ -84,6 +89,7 @@ def measured(bases, tmp_path_factory):
             editor = Editor(base)
             edit = random_edit(editor, sites_of(editor, part))
             folder = edit.save(root / f"{family}-{part}")
+            edit.export(f"{folder}-diffusers.safetensors", layout="diffusers")
             wanted = {"embeddings": embed(editor.pipeline), "prediction": denoise(editor.pipeline)}
             save_file({key: value.contiguous() for key, value in wanted.items()}, f"{folder}.safetensors")
             components = sorted({site.component for site in edit.delta.sites})
@@ -109,7 +115,7 @@ def test_every_way_of_loading_gives_the_edited_model(measured, family, part):
     gaps = measured[family, part]
     before = gaps.pop("before")
     assert before["prediction"] > 1e-2 and (before["embeddings"] > 1e-2) == (part != "unet")  # controls
-    assert set(gaps) == {"diffusers", "fused", "peft", "peft merged"} | (
+    assert set(gaps) == {"diffusers", "diffusers layout", "fused", "peft", "peft merged"} | (
         {"load_lora_adapter"} if part != "text" else set()
     )
     assert {way: gap for way, gap in gaps.items() if max(gap.values()) > TOLERANCE} == {}

@@ -165,11 +165,11 @@ def test_a_path_of_somebodys_machine_is_not_published(make_edit: Any) -> None:
     assert not any(b"somebody" in data for data in (*files.values(), kohya_file(edit.delta, edit.manifest)))
 
 
-@pytest.mark.parametrize("component", ["text_encoder_2", "vae"])
+@pytest.mark.parametrize("component", ["text_encoder_3", "vae"])
 def test_other_components_are_refused(component: str, make_edit: Any) -> None:
     edit = make_edit(component=component)
     for write in (kohya_file, peft_files):
-        with pytest.raises(UnsupportedModelError, match="text encoder and the UNet only"):
+        with pytest.raises(UnsupportedModelError, match="text encoders and the UNet only"):
             write(edit.delta, edit.manifest)
 
 
