@@ -23,8 +23,8 @@ def fresh_counts() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", histories.DTYPES, ids=str)
 def test_some_histories(dtype: torch.dtype) -> None:
-    histories.run(8, dtype)
-    assert histories.counts["histories"] >= 8 and histories.counts["applied"] > 10
+    histories.run(20, dtype)
+    assert histories.counts["histories"] >= 20 and histories.counts["applied"] > 10
 
 
 @pytest.mark.slow
