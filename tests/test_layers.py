@@ -17,6 +17,7 @@ FLOOR = {
     "_version": 0,
     "errors": 0,
     "linalg": 1,
+    "storage": 1,
     "text": 2,
     "bundled": 2,
     "request": 2,

@@ -27,8 +27,8 @@ from diffedit.io.container import MAX_FILE
 from diffedit.io.files import decode_edit, read_bytes, tensors_to_delta
 from diffedit.io.lora import KOHYA_FILE, PEFT_CONFIG, PEFT_FILE, PEFT_FOLDER
 from diffedit.io.pairs import PAIRS_FILE, decode_pairs
-from diffedit.io.storage import read_regular
 from diffedit.io.strict import loads
+from diffedit.storage import read_regular
 
 # What may lie beside an edit without being a part of it, and what it is. Nothing can be verified about these.
 BESIDE = {"before_after.png": "the preview", ".gitattributes": "the Hub's own file"}

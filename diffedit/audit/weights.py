@@ -18,8 +18,8 @@ from torch import Tensor
 from diffedit.audit.layouts import Piece, component_pieces, file_pieces, is_buffer
 from diffedit.audit.tensors import DTYPES, TensorFile
 from diffedit.errors import MalformedArtifactError, ModelNotFoundError, StorageError, UnsafeFormatError
-from diffedit.io.storage import read_regular
 from diffedit.io.strict import loads
+from diffedit.storage import read_regular
 
 _MAX_JSON = 1 << 24
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")

@@ -2,27 +2,20 @@
 
 Everything is written under a temporary name beside the destination, forced to the disk, then renamed into place, and
 then the parent folder is forced to the disk. An error leaves nothing behind; after a power cut or `kill -9` the
-temporary remains until the next write into the same parent sweeps it. Temporaries have the names of `io.storage`'s
-(`.diffedit-<pid>-<host><random>.tmp`; rooms of one floor do not import each other), so either sweeps the other's.
+temporary remains until the next write into the same parent sweeps it.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import platform
-import re
 import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffedit.errors import OutputExistsError, StorageError
-
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-_TEMPORARY = re.compile(r"\.diffedit-(\d{1,10})-([0-9a-f]{8})[0-9a-f]{16}\.tmp")
+from diffedit.storage import discard, sweep, sync_folder, temporary_path
 
 
 @contextmanager
@@ -40,8 +33,8 @@ def new_folder(path: Path, *, replaceable: str | None = None) -> Iterator[Path]:
     with _storage(path):
         occupied = _check_folder(path, replaceable)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
-        temporary = _temporary(path.parent)
+        sweep(path.parent)
+        temporary = temporary_path(path.parent)
         try:
             os.mkdir(temporary)
             yield temporary
@@ -51,7 +44,7 @@ def new_folder(path: Path, *, replaceable: str | None = None) -> Iterator[Path]:
             else:
                 _place(temporary, path)
         finally:
-            _discard(temporary)
+            discard(temporary)
 
 
 @contextmanager
@@ -66,8 +59,8 @@ def new_file(path: Path) -> Iterator[Path]:
         if os.path.lexists(path):
             raise _exists(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
-        temporary = _temporary(path.parent)
+        sweep(path.parent)
+        temporary = temporary_path(path.parent)
         try:
             yield temporary
             _sync(temporary)
@@ -78,12 +71,12 @@ def new_file(path: Path) -> Iterator[Path]:
                     raise
                 os.rename(temporary, path)  # a file system without hard links
             try:
-                _sync(path.parent)
+                sync_folder(path.parent)
             except BaseException:
-                _discard(path)
+                discard(path)
                 raise
         finally:
-            _discard(temporary)
+            discard(temporary)
 
 
 @contextmanager
@@ -126,7 +119,7 @@ def _place(temporary: Path, path: Path) -> None:
             raise _exists(path) from error
         raise
     try:
-        _sync(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         os.rename(path, temporary)
         if was_empty:
@@ -144,61 +137,27 @@ def _swap(temporary: Path, path: Path) -> None:
         os.rename(old, path)
         raise
     try:
-        _sync(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         os.rename(path, temporary)
         os.rename(old, path)
         raise
-    _discard(old)
+    discard(old)
 
 
 def _exists(path: Path, hint: str = "choose another path") -> OutputExistsError:
     return OutputExistsError("the output is already there", value=ascii(str(path))[:300], hint=hint)
 
 
-def _temporary(parent: Path) -> Path:
-    return parent / f".diffedit-{os.getpid()}-{_HOST}{secrets.token_hex(8)}.tmp"
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what dead processes of this host left behind."""
-    if os.name != "posix":  # os.kill(pid, 0) asks on POSIX and kills on Windows
-        return
-    for name in os.listdir(parent):
-        match = _TEMPORARY.fullmatch(name)
-        if match and match[2] == _HOST and not _alive(int(match[1])):
-            _discard(parent / name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            os.unlink(path)
-
-
 def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
             _sync(Path(folder) / name)
-        _sync(Path(folder))
+        sync_folder(Path(folder))
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk has the file's bytes, or (on POSIX) the folder's entries."""
-    if path.is_dir() and os.name != "posix":
-        return
+    """Wait until the disk has the file's bytes."""
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -37,8 +37,8 @@ from diffedit.errors import (
 from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, tensor_bytes, unpack
 from diffedit.io.manifest import FORMAT, FORMAT_VERSION, Manifest, TensorRecord, canonical_json
 from diffedit.io.names import tensor_names
-from diffedit.io.storage import read_together
 from diffedit.io.strict import loads
+from diffedit.storage import read_together
 
 EDIT_FILE = "edit.safetensors"
 

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from diffedit.errors import OutputExistsError
 from diffedit.io.destination import absolute, check_file, check_folder, exists_error, portable_tree
-from diffedit.io.storage import (
+from diffedit.storage import (
     discard,
     exchange,
     storage_errors,

@@ -31,7 +31,7 @@ from diffedit.io.hub_calls import Patience
 from diffedit.io.hub_client import COMMIT, Hub, Remote, checked_repo, checked_revision
 from diffedit.io.hub_errors import offline, redact
 from diffedit.io.pairs import PAIRS_FILE
-from diffedit.io.storage import discard, read_regular, storage_errors, sweep, temporary_path, write_durable
+from diffedit.storage import discard, read_regular, storage_errors, sweep, temporary_path, write_durable
 
 logger = logging.getLogger("diffedit")
 

@@ -16,7 +16,7 @@ import pytest
 from diffedit.io import folder
 
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "link", "chmod", "listdir", "stat")
-MODULES = ("diffedit.io.folder", "diffedit.io.storage", "diffedit.io.destination")
+MODULES = ("diffedit.io.folder", "diffedit.storage", "diffedit.io.destination")
 
 _FSTAT, _WRITE = os.fstat, os.write
 

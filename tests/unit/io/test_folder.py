@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from diffedit import storage
 from diffedit.errors import OutputExistsError, StorageError
-from diffedit.io import folder, storage
+from diffedit.io import folder
 from diffedit.io.files import EDIT_FILE
 from diffedit.io.folder import write_file, write_folder
 from tests.reliability.faults import Fault, Faults

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from diffedit.io import storage
-from diffedit.io.storage import exchange, read_regular, read_together
+from diffedit import storage
+from diffedit.storage import exchange, read_regular, read_together
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="looking up names in an open folder")
 
