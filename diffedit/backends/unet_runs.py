@@ -15,7 +15,7 @@ latents show by then, so a late, high-resolution part can look causal because it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,23 +97,21 @@ class UNetRuns:
             pixels: side length; default: the UNet's own.
         """
         images: list[Image] = []
-        for rows, keep in _batches(runs, batch_size):
-            n = len(rows)
-            with ExitStack() as scopes:
-                for scope in (self.evaluating(), quiet(self._pipeline), _text_read_once(self._unet)):
-                    scopes.enter_context(scope)
-                scopes.enter_context(_channels_last(self._unet))
-                scopes.enter_context(self._patched(runs, rows))
-                out = self._pipeline(
-                    prompt_embeds=runs.embeddings[rows],
-                    negative_prompt_embeds=empty.expand(n, -1, -1),
-                    generator=[torch.Generator().manual_seed(runs.seed) for _ in rows],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    height=pixels,
-                    width=pixels,
-                )
-            images += out.images[n - keep :]
+        once, last = _text_read_once(self._unet), _channels_last(self._unet)
+        with self.evaluating(), quiet(self._pipeline), once, last:
+            for rows, keep in _batches(runs, batch_size):
+                n = len(rows)
+                with self._patched(runs, rows):
+                    out = self._pipeline(
+                        prompt_embeds=runs.embeddings[rows],
+                        negative_prompt_embeds=empty.expand(n, -1, -1),
+                        generator=[torch.Generator().manual_seed(runs.seed) for _ in rows],
+                        num_inference_steps=steps,
+                        guidance_scale=guidance,
+                        height=pixels,
+                        width=pixels,
+                    )
+                images += out.images[n - keep :]
         return images
 
     def predict(self, runs: Runs, timesteps: Sequence[float], *, batch_size: int, pixels: int | None) -> Tensor:

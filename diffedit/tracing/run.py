@@ -66,7 +66,8 @@ def trace(
         refuse_existing(folder)
     tracer = locator.tracer(backend, probes, seed=seed)
     units = None if folder is None else folder / UNITS
-    key = _key(tracer, locator)
+    weights = traceable(backend).digest()
+    key = _key(tracer, locator, weights)
     rows = _run_all(tracer, units, key, progress)
     table = locator.finish(tracer.table(rows))
     settings = {key: value for key, value in locator.model_dump(mode="json").items() if key != "batch_size"}
@@ -75,7 +76,7 @@ def trace(
         "revision": backend.model.revision,
         "backend": backend.name,
         "fingerprints": backend.fingerprints(),
-        "weights": traceable(backend).digest(),
+        "weights": weights,
         "noise_std": tracer.noise,
     }
     found = finished(table, locator.name, locator.reference, settings, origin)
@@ -159,10 +160,10 @@ def _stored(path: Path | None, tracer: Tracer) -> Row | None:
     return None
 
 
-def _key(tracer: Tracer, locator: CausalTracing) -> str:
+def _key(tracer: Tracer, locator: CausalTracing, weights: str) -> str:
     settings: Mapping[str, Any] = locator.model_dump(mode="json")
     said = {name: value for name, value in settings.items() if name not in _BOOKKEEPING}
-    parts = [said, tracer.columns, tracer.noise, traceable(tracer.backend).digest(), tracer.backend.model.source]
+    parts = [said, tracer.columns, tracer.noise, weights, tracer.backend.model.source]
     return json.dumps(parts, sort_keys=True)
 
 
