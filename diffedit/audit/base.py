@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from diffedit.audit.checks import Check, failed
-from diffedit.audit.opening import open_backend
 from diffedit.edit import Edit
 from diffedit.errors import DiffEditError, ModelNotFoundError
 from diffedit.interfaces import Backend
 from diffedit.io.manifest import SiteRecord
 from diffedit.ledger import Ledger, cast_hashes, tensor_hash
+from diffedit.preparing import choose_backend
 
 _EXACT = "exact"
 
@@ -30,7 +30,7 @@ def check_against_base(edit: Edit, base: Any, **loading: Any) -> tuple[str, list
     Args:
         edit: from the folder.
         base: whatever names a model, or a pipeline.
-        loading: `revision`, `token` and `config` for `open_backend`.
+        loading: `revision`, `token` and `config` for `load_model`.
 
     Raises:
         DiffEditError: the base cannot be opened.
@@ -41,7 +41,7 @@ def check_against_base(edit: Edit, base: Any, **loading: Any) -> tuple[str, list
     named = isinstance(base, str) or hasattr(base, "__fspath__")
     dtype = getattr(torch, records[0].dtype, None) if named else None
     text_only = named and all(record.component.startswith("text_encoder") for record in records)
-    backend = open_backend(base, dtype=dtype, text_only=text_only, **loading)
+    backend = choose_backend(base, None, dtype=dtype, text_only=text_only, **loading)
     checks = _fingerprints(edit, backend)
     for record in records:
         name = f"base: {record.site.name}"

@@ -17,12 +17,12 @@ from typing import Any
 
 from diffedit.audit.guess import guess, shared_inputs
 from diffedit.audit.measure import Change, compare
-from diffedit.audit.opening import open_backend
 from diffedit.audit.records import ModelDiff, NotCompared, TensorDiff
 from diffedit.audit.weights import Weights
 from diffedit.audit.words import clean_words, rank_words, reachable
 from diffedit.backends.loading import Found, locate_model
 from diffedit.errors import DiffEditError, ModelNotFoundError, UnsupportedModelError
+from diffedit.preparing import choose_backend
 from diffedit.targets import general_nouns
 
 _CROSS = re.compile(r"unet\..+\.attn2\.to_[kv]\.weight")
@@ -164,7 +164,9 @@ def _words(
         config = edited.path
     try:
         name = base.source if base.source.startswith("builtin:") else base.path
-        backend = open_backend(name, token=token, config=None if config is None else str(config), text_only=True)
+        backend = choose_backend(
+            name, None, token=token, config=None if config is None else str(config), text_only=True
+        )
     except DiffEditError as error:
         return none | {
             "words_note": f"the base cannot be run: {error.case}" + (f": {error.cause}" if error.cause else "")

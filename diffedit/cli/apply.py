@@ -12,7 +12,7 @@ from rich.table import Table
 
 from diffedit.cli import options
 from diffedit.cli.describe import edit_payload, print_requests, print_rows
-from diffedit.cli.editing import loading_fields, open_editor, refuse_existing, usable_device
+from diffedit.cli.editing import how_to_load, loading_fields, open_editor, refuse_existing, usable_device
 from diffedit.cli.shell import EXIT_FAILED, Result, working
 from diffedit.errors import RequestError
 
@@ -92,18 +92,12 @@ def apply(
     with working(f"Saving {out}"):
         editor.save_pipeline(out, overwrite=overwrite)
     edits = [edit_payload(item) for item in loaded]
-    load = "from_single_file" if out.suffix.lower() == ".safetensors" else "from_pretrained"
+    load = how_to_load(editor, out)
 
     def render(console: Console) -> None:
         for document in edits:
             print_requests(console, document)
-        print_rows(
-            console,
-            [
-                ("saved", f"{out}/" if load == "from_pretrained" else str(out)),
-                ("load it", f"StableDiffusionPipeline.{load}({str(out)!r})"),
-            ],
-        )
+        print_rows(console, [("saved", f"{out}/" if out.is_dir() else str(out)), load])
 
     return Result({"command": "apply", "edits": edits, "folder": str(out)}, render)
 

@@ -90,6 +90,12 @@ def open_editor(model: str, loading: dict[str, Any]) -> Editor:
         return Editor(model, **usable_device(loading))
 
 
+def how_to_load(editor: Editor, out: Path) -> tuple[str, str]:
+    """The row of a report that says how stock diffusers loads the saved model."""
+    loader = "from_single_file" if out.suffix.lower() == ".safetensors" else "from_pretrained"
+    return "load it", f"{type(editor.backend.model.pipeline).__name__}.{loader}({str(out)!r})"
+
+
 def process_device(given: str | None) -> str | None:
     """Each process of several that `accelerate launch` started takes its own accelerator, if the user names none."""
     if given is not None or "LOCAL_RANK" not in os.environ:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from diffedit.cli import options
 from diffedit.cli.describe import edit_payload, print_requests, print_rows
-from diffedit.cli.editing import loading_fields, open_editor, refuse_existing
+from diffedit.cli.editing import how_to_load, loading_fields, open_editor, refuse_existing
 from diffedit.cli.shell import Result, working
 from diffedit.errors import RequestError
 
@@ -67,14 +67,12 @@ def merge(
         else:
             editor.save_pipeline(out)
             changed = [f"{site.name}.weight" for site in sites]
-    edits = [edit_payload(item) for item in loaded]
+    edits, load = [edit_payload(item) for item in loaded], how_to_load(editor, out)
 
     def render(console: Console) -> None:
         for document in edits:
             print_requests(console, document)
-        load = "from_single_file" if single else "from_pretrained"
         rows = [("changed" if number == 0 else "", name) for number, name in enumerate(changed)]
-        rows += [("saved", str(out)), ("load it", f"StableDiffusionPipeline.{load}({str(out)!r})")]
-        print_rows(console, rows)
+        print_rows(console, [*rows, ("saved", str(out)), load])
 
     return Result({"command": "merge", "edits": edits, "out": str(out), "changed": changed}, render)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from diffedit.cli import options, settings
 from diffedit.cli.describe import print_rows
-from diffedit.cli.editing import loading_fields, open_editor
+from diffedit.cli.editing import loading_fields, open_editor, process_device
 from diffedit.cli.shell import Result, working
 from diffedit.errors import NoCausalSiteError, RequestError
 
@@ -93,7 +93,7 @@ def trace(
     if scorer is not None:
         given["measure_settings"] = settings_json({"scorer": scorer})
     locator = settings.build("locators", "causal-trace", {**given, **texts})
-    editor = open_editor(model, loading_fields(backend, _device(device), dtype))
+    editor = open_editor(model, loading_fields(backend, process_device(device), dtype))
     with working("Checking the prompts"):
         from diffedit.tracing.probes import load_probes
         from diffedit.tracing.run import estimate_seconds, first_process, processes
@@ -118,17 +118,6 @@ def settings_json(value: dict[str, str]) -> str:
     import json as codec
 
     return codec.dumps(value)
-
-
-def _device(given: str | None) -> str | None:
-    """Each process of several takes its own accelerator, if the user names none."""
-    import os
-
-    if given is not None or "LOCAL_RANK" not in os.environ:
-        return given
-    import torch
-
-    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
 
 
 def _announce(units: int, runs: int, seconds: float, processes: int) -> None:

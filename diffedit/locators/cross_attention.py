@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from diffedit.errors import RequestError, UnsupportedModelError
+from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Locator
+from diffedit.locators.ranges import sites_between
 from diffedit.request import Request
 from diffedit.site import Location, Role, TokenRule
 
@@ -48,14 +49,7 @@ class CrossAttentionLocator(Locator):
         roles = [role for wanted, role in chosen if wanted]
         if not roles:
             raise RequestError("neither keys nor values are to be edited", hint="leave one of them on")
-        known = backend.sites(*roles)
-        last = max((site.layer for site in known), default=-1)
-        stop = last if self.last is None else self.last
-        sites = tuple(sorted(site for site in known if self.first <= site.layer <= stop))
-        if not sites:
-            raise UnsupportedModelError(
-                "the model has no such cross-attention layers",
-                value=f"backend {backend.name}, blocks {self.first} to {stop}",
-                hint=f"choose blocks from 0 to {last}" if known else "choose an updater of the text encoder",
-            )
+        otherwise = "choose an updater of the text encoder"
+        said = {"what": "cross-attention layers", "unit": "blocks", "otherwise": otherwise}
+        sites = sites_between(backend, roles, self.first, self.last, **said)
         return Location(sites, self.tokens, self.name, self.reference)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from diffedit.errors import RequestError, UnsupportedModelError
+from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Locator
+from diffedit.locators.ranges import sites_between
 from diffedit.request import Request
 from diffedit.site import Location, Role, TokenRule
 
@@ -46,14 +47,6 @@ class TextLayersLocator(Locator):
         roles = [role for wanted, role in chosen if wanted]
         if not roles:
             raise RequestError("neither attention nor MLP is to be edited", hint="leave one of them on")
-        known = backend.sites(*roles)
-        end = max((site.layer for site in known), default=-1)
-        last = end if self.last is None else self.last
-        sites = tuple(sorted(site for site in known if self.first <= site.layer <= last))
-        if not sites:
-            raise UnsupportedModelError(
-                "the model has no such text encoder layers",
-                value=f"backend {backend.name}, layers {self.first} to {last}",
-                hint=f"choose layers from 0 to {end}",
-            )
+        said = {"what": "text encoder layers", "unit": "layers", "otherwise": "choose another updater"}
+        sites = sites_between(backend, roles, self.first, self.last, **said)
         return Location(sites, self.tokens, self.name, self.reference)

@@ -23,7 +23,7 @@ from pydantic import Field
 from diffedit.delta import Delta, Diagnostics, LowRank
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.gram import GRAM_FROM
-from diffedit.linalg.solve import ridge_factors
+from diffedit.linalg.solve import RidgeSolution, ridge_factors
 from diffedit.pairs import Pairs
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role
@@ -102,15 +102,20 @@ class QuickFix(Updater):
             change = change.compress(FLOAT32_TOL)
         elif change.rank < min(change.shape):
             change = change.orthogonal()
-        return change.to(torch.float32), Diagnostics(
-            condition=solution.condition,
-            effective_rank=solution.effective_rank,
-            residual=solution.residual,
-            preserve_drift=solution.preserve_drift,
-            relative_norm=change.norm() / data.weight_norm if data.weight_norm else float("inf"),
-            pairs=sum(entry.count for entry in data.wanted),
-            preserved=sum(entry.count for entry in data.held),
-        )
+        return change.to(torch.float32), diagnose(solution, change, data)
+
+
+def diagnose(solution: RidgeSolution, change: LowRank, data: Pairs) -> Diagnostics:
+    """What is reported of one site's solve."""
+    return Diagnostics(
+        condition=solution.condition,
+        effective_rank=solution.effective_rank,
+        residual=solution.residual,
+        preserve_drift=solution.preserve_drift,
+        relative_norm=change.norm() / data.weight_norm if data.weight_norm else float("inf"),
+        pairs=sum(entry.count for entry in data.wanted),
+        preserved=sum(entry.count for entry in data.held),
+    )
 
 
 class QuickFixPublished(QuickFix):

@@ -41,6 +41,7 @@ from diffedit.linalg.solve import RidgeSolution, ridge_factors
 from diffedit.pairs import Held, Pairs, Wanted, check_contradictions
 from diffedit.request import Kind, Request
 from diffedit.site import EditSite, Location, Role
+from diffedit.updaters.closed_form import diagnose
 from diffedit.updaters.text_states import Pairing, Reading, preserved_states, request_states
 
 Prompts = Literal["bare", "expanded", "request"]
@@ -91,18 +92,9 @@ class CrossAttention(Updater):
         factors: dict[EditSite, LowRank] = {}
         diagnostics: dict[EditSite, Diagnostics] = {}
         for site, solution in shared_factors(pairs, self.lam, self.preserve_scale).items():
-            data = pairs[site]
             change = LowRank(solution.up, solution.down).compress(_FLOAT32_TOL)
             factors[site] = change.to(torch.float32)
-            diagnostics[site] = Diagnostics(
-                condition=solution.condition,
-                effective_rank=solution.effective_rank,
-                residual=solution.residual,
-                preserve_drift=solution.preserve_drift,
-                relative_norm=change.norm() / data.weight_norm if data.weight_norm else float("inf"),
-                pairs=sum(entry.count for entry in data.wanted),
-                preserved=sum(entry.count for entry in data.held),
-            )
+            diagnostics[site] = diagnose(solution, change, pairs[site])
         return Delta(factors, diagnostics, pairs if keep else {})
 
     def _prepared(self, request: Request) -> Request:

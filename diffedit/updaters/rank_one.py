@@ -35,7 +35,6 @@ from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.moments import constrained_factors
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role, TokenRule
-from diffedit.text import find
 from diffedit.updaters.everyday import captions, second_moment
 from diffedit.updaters.steering import Descent, Steering
 
@@ -127,7 +126,7 @@ class ReFACT(Updater):
             raise RequestError("the request has no target yet", value=repr(request.subject))
         sources, goals = request.render(name), request.render(request.target)
         prompts = [prompt for prompt, _ in sources]
-        positions = [_last(backend, prompt, name, at) for prompt, at in sources]
+        positions = [span.last for span in backend.spans([(prompt, name, at) for prompt, at in sources])]
         wanted = steering.summaries([prompt for prompt, _ in goals])
         present = steering.summaries(prompts)
         if float((wanted - present).norm()) <= 1e-6 * float(present.norm()):
@@ -153,12 +152,3 @@ class ReFACT(Updater):
     def _negatives(self, request: Request) -> list[str]:
         kept = [request.render(name)[0][0] for name in request.preserve][: self.negatives]
         return kept + list(islice(captions(), self.negatives - len(kept)))
-
-
-def _last(backend: Backend, prompt: str, phrase: str, start: int) -> int:
-    starts = [a for a, _ in find(prompt, phrase)]
-    if start not in starts:
-        raise RequestError(
-            "the subject is no whole word in its template", value=repr(prompt), hint='put spaces around "{}"'
-        )
-    return backend.span(prompt, phrase, starts.index(start)).last

@@ -34,7 +34,6 @@ from diffedit.interfaces import Backend
 from diffedit.linalg.rows import reduce_rows
 from diffedit.request import Request
 from diffedit.site import EditSite, SubjectSpan, TokenRule
-from diffedit.text import find
 
 Pairing = Literal["subject", "every"]
 
@@ -99,8 +98,8 @@ def request_states(backend: Backend, site: EditSite, request: Request, how: Read
     goals = request.render(request.target)
     sources = [prompt for name in request.names for prompt in request.render(name)]
     names = [name for name in request.names for _ in goals]
-    spans = [_span(backend, *where, name) for where, name in zip(sources, names, strict=True)]
-    ends = [_span(backend, *where, request.target) for where in goals]
+    spans = backend.spans([(prompt, name, at) for (prompt, at), name in zip(sources, names, strict=True)])
+    ends = backend.spans([(prompt, request.target, at) for prompt, at in goals])
     padded = how.pairing == "every"
     seen = backend.capture([prompt for prompt, _ in (*sources, *goals)], [site], padded=padded)
     states = _states(seen.inputs[site], site)
@@ -132,7 +131,7 @@ def preserved_states(backend: Backend, site: EditSite, request: Request, name: s
     if how.pairing == "every":
         keys = states.flatten(0, 1)
     else:
-        spans = [_span(backend, prompt, at, name) for prompt, at in prompts]
+        spans = backend.spans([(prompt, name, at) for prompt, at in prompts])
         kept = [(row, i) for row, span in enumerate(spans) for i in span.positions(how.rule)]
         keys = torch.stack([states[row, i] for row, i in kept])
     reduced, _ = reduce_rows(keys, keys[:, :0], keys.new_ones(len(keys)), how.tol)
@@ -164,15 +163,6 @@ def _inside(subject: Sequence[int], target: Sequence[int]) -> list[int]:
             return [max(len(target) - len(subject) + i, 0) for i in range(len(subject))]
         found.append(target.index(token, start))
     return found
-
-
-def _span(backend: Backend, prompt: str, start: int, phrase: str) -> SubjectSpan:
-    starts = [a for a, _ in find(prompt, phrase)]
-    if start not in starts:
-        raise RequestError(
-            "the subject is no whole word in its template", value=repr(prompt), hint='put spaces around "{}"'
-        )
-    return backend.span(prompt, phrase, starts.index(start))
 
 
 def _states(inputs: Tensor, site: EditSite) -> Tensor:

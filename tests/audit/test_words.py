@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffedit.audit.opening import open_backend
 from diffedit.audit.weights import Weights
 from diffedit.audit.words import FRAMES, clean_words, rank_words, reachable
 from diffedit.backends.loading import load_model
 from diffedit.errors import RequestError
+from diffedit.preparing import choose_backend
 from diffedit.text import render
 
 LAYER = "text_encoder.text_model.encoder.layers.1"
@@ -55,7 +55,7 @@ def model(request, folders):
 @pytest.fixture(scope="module")
 def backend(model):
     """As the audit opens it."""
-    return open_backend(model, text_only=True)
+    return choose_backend(model, None, text_only=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from diffedit import Editor
 from diffedit.audit.diff import diff
-from diffedit.audit.opening import open_backend
 from diffedit.audit.verify import verify
 from diffedit.audit.weights import Weights
 from diffedit.audit.words import FRAMES, rank_words
 from diffedit.backends.saving import save_pipeline
+from diffedit.preparing import choose_backend
 from diffedit.text import render
 from tests.tiny import xl
 
@@ -45,7 +45,7 @@ def test_moves_are_those_of_the_live_layers_of_either_encoder(made, tokenizer_fo
         tensors[key] = tensors[key] + 0.1 * torch.randn(tensors[key].shape, generator=generator)
     save_file(tensors, file)
     with Weights(base) as one, Weights(other) as two:
-        tables, _, unread = rank_words(open_backend(base, text_only=True), one, two, names, WORDS)
+        tables, _, unread = rank_words(choose_backend(base, None, text_only=True), one, two, names, WORDS)
         weights = {name: (one.tensor(name).double(), two.tensor(name).double()) for name in names}
     pipe = xl.pipeline(tokenizer_folder)
     encoder = getattr(pipe, component)

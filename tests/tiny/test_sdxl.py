@@ -18,6 +18,7 @@ from diffedit.backends.deferred import unread
 from diffedit.backends.families import is_xl, pipeline_class
 from diffedit.backends.saving import save_pipeline
 from diffedit.backends.sdxl import SDXL
+from diffedit.cli.editing import how_to_load
 from diffedit.errors import BaseMismatchError, ForeignChangeError, RequestError, UnsupportedModelError
 from diffedit.locators.fixed import FixedLocator
 from diffedit.request import make_request
@@ -45,6 +46,13 @@ def flat(tokenizer_folder):
 def base(tokenizer_folder, tmp_path_factory):
     """A pipeline folder."""
     return save_pipeline(xl.pipeline(tokenizer_folder), tmp_path_factory.mktemp("xl") / "base")
+
+
+def test_the_report_names_the_class_that_loads_it_and_reads_nothing_for_that(base, tmp_path):
+    editor = Editor(base)
+    assert how_to_load(editor, tmp_path)[1].startswith("StableDiffusionXLPipeline.from_pretrained(")
+    assert how_to_load(editor, tmp_path / "x.safetensors")[1].startswith("StableDiffusionXLPipeline.from_single_file(")
+    assert unread(editor.backend.model.pipeline) is not None
 
 
 def gap(one, other):

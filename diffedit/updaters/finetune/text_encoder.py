@@ -25,11 +25,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffedit.errors import RequestError
 from diffedit.interfaces import Backend
 from diffedit.request import Request
 from diffedit.site import Role
-from diffedit.text import find
 from diffedit.updaters.finetune.anchors import Anchors, View
 from diffedit.updaters.finetune.base import FineTune, prompts_of, target_of
 from diffedit.updaters.finetune.denoising import Denoiser, read, tokenize
@@ -93,8 +91,8 @@ class _Reading(Objective):
                 for (prompt, at), (goal, goal_at) in zip(request.render(name), goals, strict=True):
                     prompts.append(prompt)
                     targets.append(goal)
-                    last = _last(backend, prompt, name, at), _last(backend, goal, target_of(request), goal_at)
-                    spans.append(last)
+                    here, there = backend.spans([(prompt, name, at), (goal, target_of(request), goal_at)])
+                    spans.append((here.last, there.last))
         kept = [prompt for request in requests for name in request.preserve for prompt in prompts_of(request, name)]
         self._tokens = tokenize(self._pipeline, prompts)
         self._kept: Tensor | None = None
@@ -148,13 +146,3 @@ class _Reading(Objective):
             still = self._still[drawn.kept.to(device)].float()
             total = total + self._settings.preserve_weight * torch.nn.functional.mse_loss(held, still)
         return total
-
-
-def _last(backend: Backend, prompt: str, phrase: str, at: int) -> int:
-    """Position of the last token of the phrase that stands at a character of the prompt."""
-    starts = [start for start, _ in find(prompt, phrase)]
-    if at not in starts:
-        raise RequestError(
-            "the subject is no whole word in its template", value=repr(prompt), hint='put spaces around "{}"'
-        )
-    return backend.span(prompt, phrase, starts.index(at)).last
