@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffedit.backends.saving import save_pipeline
-from tests.formats.made import open_clip
+from tests.formats.made import single_files
 from tests.saved_model import VOCABULARY
-from tests.tiny import build, ldm
+from tests.tiny import build
 
 OUT = "text_model.encoder.layers.0.self_attn.out_proj.weight"
 FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors"}
@@ -34,10 +34,7 @@ def folders(tokenizer_folder, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def files(tokenizer_folder, tmp_path_factory) -> dict[str, Path]:
     """The same models as single files: OpenAI's CLIP in the first, OpenCLIP in the second."""
-    root = tmp_path_factory.mktemp("files")
-    first = ldm.write(build.pipeline(tokenizer_folder, family="sd1"), root / "sd1.safetensors")
-    plain = ldm.write(build.pipeline(tokenizer_folder, family="sd2"), root / "plain.safetensors")
-    return {"sd1": first, "sd2": open_clip(plain, root / "sd2.safetensors")}
+    return single_files(tokenizer_folder, tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from diffedit.backends.saving import save_pipeline
-from tests.formats.made import open_clip
-from tests.tiny import build, ldm
+from tests.formats.made import single_files
+from tests.tiny import build
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,4 @@ def base(bases, family) -> Path:
 @pytest.fixture(scope="session")
 def checkpoints(tokenizer_folder, tmp_path_factory) -> dict[str, Path]:
     """Single-file checkpoints by family, each with the text encoder's layout of its family."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    first = ldm.write(build.pipeline(tokenizer_folder, family="sd1"), root / "sd1.safetensors")
-    plain = ldm.write(build.pipeline(tokenizer_folder, family="sd2"), root / "plain.safetensors")
-    return {"sd1": first, "sd2": open_clip(plain, root / "sd2.safetensors")}
+    return single_files(tokenizer_folder, tmp_path_factory.mktemp("checkpoints"))

@@ -16,6 +16,7 @@ from diffedit.provenance import describe
 from diffedit.request import make_request
 from diffedit.site import EditSite, Location, Role, TokenRule
 from diffedit.updaters.closed_form import QuickFix
+from tests.tiny import build, ldm
 
 PROMPTS = ["a photo of a dog", "Snoopy smiles", "a fox"]
 KEY, VALUE = Role.UNET_CROSS_ATTN_K, Role.UNET_CROSS_ATTN_V
@@ -76,6 +77,13 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def single_files(tokenizer_folder: Path, root: Path) -> dict[str, Path]:
+    """Single-file checkpoints by family, each with its family's text encoder: OpenAI's CLIP, OpenCLIP."""
+    first = ldm.write(build.pipeline(tokenizer_folder, family="sd1"), root / "sd1.safetensors")
+    plain = ldm.write(build.pipeline(tokenizer_folder, family="sd2"), root / "plain.safetensors")
+    return {"sd1": first, "sd2": open_clip(plain, root / "sd2.safetensors")}
 
 
 def open_clip(source: Path, target: Path) -> Path:

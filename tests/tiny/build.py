@@ -80,6 +80,18 @@ def text_encoder(vocab_size: int, family: str, *, true_size: bool = False, seed:
     return model
 
 
+def autoencoder() -> AutoencoderKL:
+    """A tiny VAE of random weights."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+    ).eval()
+
+
 def pipeline(
     tokenizer_folder: Path, *, family: str = "sd1", layout: str = "flat", true_size: bool = False, seed: int = 0
 ) -> StableDiffusionPipeline:
@@ -102,14 +114,7 @@ def pipeline(
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         use_linear_projection=family == "sd2",
     ).eval()
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=16,
-    ).eval()
+    vae = autoencoder()
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         clip_sample=False,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.formats.made import open_clip_names
 from tests.tiny import ldm
-from tests.tiny.build import NestedTextModel
+from tests.tiny.build import NestedTextModel, autoencoder
 
 TRUE_SIZE = (
     dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768),
@@ -85,14 +85,7 @@ def pipeline(
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=encoders[1].config.projection_dim + 6 * 8,
         ).eval()
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            sample_size=16,
-        ).eval()
+        vae = autoencoder()
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=encoders[0],
