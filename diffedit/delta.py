@@ -155,7 +155,8 @@ class Truncation:
 class Diagnostics:
     """What the solve of one site reported; see `linalg.solve.RidgeSolution` for the meaning of each number.
 
-    `relative_norm` is |D| / |W|, `pairs` and `preserved` the numbers of keys that went in.
+    `relative_norm` is |D| / |W|, `pairs` and `preserved` the numbers of keys that went in, `factor` what the
+    regularisation was multiplied by (`linalg.metric`).
     """
 
     condition: float
@@ -165,6 +166,7 @@ class Diagnostics:
     relative_norm: float
     pairs: int
     preserved: int
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """What one forward pass showed at some sites, in the model's dtype.
+    """What one forward pass showed at some sites, in float32 (float64 for a float64 model).
 
     Attributes:
         tokens: [b, t], token ids that were run.
@@ -105,13 +105,20 @@ class LoadedModel:
 
 
 class Backend(ABC):
-    """Everything diffedit knows about one model family."""
+    """Everything diffedit knows about one model family.
+
+    Attributes:
+        model: the model.
+        statistics: what was measured about it and costs too much to measure for every edit. A key says what the value
+            depends on, the state of the weights included.
+    """
 
     name: ClassVar[str]
     reference: ClassVar[str]
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
+        self.statistics: dict[tuple[Any, ...], Any] = {}
 
     @classmethod
     @abstractmethod

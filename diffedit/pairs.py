@@ -16,9 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffedit.errors import ContradictionError, RequestError
+from diffedit.errors import ContradictionError, NotComposableError, RequestError
+from diffedit.linalg.metric import Metric
 from diffedit.linalg.overlap import sharing
 from diffedit.linalg.rows import reduce_rows as reduce_rows
+
+MANY = 4  # rows per dimension beyond which the metric takes less room than spreads, and its solve less time
 
 _SAME = 1e-9
 DISAGREE = 1e-3  # of what is wanted; pairs are kept in float32
@@ -33,12 +36,15 @@ class Wanted:
         residuals: [r, d_out], wanted minus present output, bias removed, weights folded in.
         count: pairs that the rows stand for.
         group: which prompts were put around the subject and how token kinds were weighted; see `Held`.
+        spread: [r, d_in], the keys times the inverse of the metric that the solve is made in (`linalg.metric`); `None`
+            if it is made in none.
     """
 
     keys: Tensor
     residuals: Tensor
     count: int
     group: str
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +56,14 @@ class Held:
         group: requests of one group would hold the same keys for the same name, so those count once.
         keys: [m, d_in], weights folded in.
         count: keys that the rows stand for.
+        spread: as for `Wanted`.
     """
 
     name: str
     group: str
     keys: Tensor
     count: int
+    spread: Tensor | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -71,17 +79,51 @@ class Pairs:
         wanted: one entry per request, in the requests' order.
         held: preserved names, each once.
         weight_norm: Frobenius norm of the unedited weight.
+        metric: digest of the metric that the solve is made in; empty without.
+        price: that metric itself, for more than `MANY` rows per dimension, which then have no spreads.
     """
 
     wanted: tuple[Wanted, ...]
     held: tuple[Held, ...]
     weight_norm: float
+    metric: str = ""
+    price: Metric | None = None
 
     def stack(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [n, d_in], residuals [n, d_out] and preserve keys [m, d_in] of all entries, float64."""
         keys = _joined([entry.keys for entry in self.wanted])
         residuals = _joined([entry.residuals for entry in self.wanted])
         return keys, residuals, _joined([entry.keys for entry in self.held]) if self.held else keys[:0]
+
+    def measured(self, metric: Metric) -> Pairs:
+        """The same pairs with their spreads in a metric, or with the metric; both rounded to float32 like the keys.
+
+        Raises:
+            IllConditionedError: the metric excludes every wanted key.
+        """
+        metric.check_room(_joined([entry.keys for entry in self.wanted]))
+        rows: list[Wanted | Held] = [*self.wanted, *self.held]
+        sizes = [len(entry.keys) for entry in rows]
+        if sum(sizes) > MANY * metric.root.shape[1]:
+            return replace(self, metric=metric.digest, price=metric.rounded())
+        spread = torch.split(metric.back(metric.white(_joined([entry.keys for entry in rows]))), sizes)
+        n = len(self.wanted)
+        return replace(
+            self,
+            wanted=tuple(replace(e, spread=part.to(e.keys)) for e, part in zip(self.wanted, spread[:n], strict=True)),
+            held=tuple(replace(e, spread=part.to(e.keys)) for e, part in zip(self.held, spread[n:], strict=True)),
+            metric=metric.digest,
+        )
+
+    def spreads(self) -> Tensor | None:
+        """[n + m, d_in] float64: the spreads of all entries, in the order of `stack`; `None` if any has none."""
+        found = self.spread_parts()
+        return _joined(found) if len(found) == len(self.wanted) + len(self.held) else None
+
+    def spread_parts(self) -> list[Tensor]:
+        """The spreads that there are, in that order."""
+        entries: list[Wanted | Held] = [*self.wanted, *self.held]
+        return [entry.spread for entry in entries if entry.spread is not None]
 
     def scale(self, factors: Sequence[float]) -> Pairs:
         """Residuals times one factor per request; the solve is linear in them."""
@@ -106,10 +148,22 @@ class Pairs:
         return replace(self, wanted=wanted, held=tuple(kept))
 
     def __add__(self, other: Pairs) -> Pairs:
-        """Both sides' requests in one solve; a name that both hold in the same way counts once."""
+        """Both sides' requests in one solve; a name that both hold in the same way counts once.
+
+        Raises:
+            NotComposableError: they were solved in different metrics.
+        """
+        if self.metric != other.metric:
+            raise NotComposableError(
+                "the edits were solved in different metrics",
+                value=f"{self.metric or 'none'} and {other.metric or 'none'}",
+                cause="what must not change at all, or what everyday prompts say, differs between them",
+                hint="run the requests together on the model: editor.run(requests)",
+            )
         known = {entry.key for entry in self.held}
         fresh = tuple(entry for entry in other.held if entry.key not in known)
-        return replace(self, wanted=self.wanted + other.wanted, held=self.held + fresh)
+        wanted, price = self.wanted + other.wanted, self.price or other.price
+        return replace(self, wanted=wanted, held=self.held + fresh, price=price)
 
 
 def check_contradictions(

@@ -10,6 +10,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from diffedit.edit import Edit
+    from diffedit.request import Request
+    from diffedit.tradeoff import TradeOffCurve
 
 _SHORT_HASH = 12
 
@@ -18,7 +20,7 @@ def edit_payload(edit: Edit) -> dict[str, Any]:
     """The JSON document of an edit."""
     manifest = edit.manifest
     requests = [
-        {**request.model_dump(mode="json"), "target_reason": reason}
+        request_payload(request, reason)
         for request, reason in zip(manifest.requests, manifest.target_reasons, strict=True)
     ]
     norms = {site: change.norm() for site, change in edit.delta}
@@ -53,13 +55,29 @@ def edit_payload(edit: Edit) -> dict[str, Any]:
     }
 
 
+def curve_payload(curve: TradeOffCurve) -> dict[str, Any]:
+    """The JSON document of one site's trade-off."""
+    return {"site": curve.site.name, "chosen": vars(curve.chosen), "points": [vars(point) for point in curve.points]}
+
+
+def request_payload(request: Request, target_reason: str) -> dict[str, Any]:
+    """A request as a JSON document, with why that target and where each other name comes from."""
+    from diffedit.aliases import reasons
+
+    why = {alias.name: alias.reason for alias in reasons(request)}
+    return {**request.model_dump(mode="json"), "target_reason": target_reason, "alias_reasons": why}
+
+
 def print_requests(console: Console, edit: dict[str, Any]) -> None:
-    """One line per concept: what, into what, and why."""
+    """Per concept: what, into what, and why; below it, its other names."""
     for request in edit["requests"]:
         console.print(
             f"[bold]{request['action']}[/] {request['kind']} [bold red]{escape(request['subject'])}[/] "
             f"-> [bold green]{escape(str(request['target']))}[/]  [dim]({escape(request['target_reason'])})[/]"
         )
+        if request["aliases"]:
+            names = (f"{alias} [dim]({why})[/]" for alias, why in _escaped(request["alias_reasons"]))
+            console.print(f"  and {', '.join(names)}")
 
 
 def print_sites(console: Console, edit: dict[str, Any]) -> None:
@@ -96,9 +114,8 @@ def print_provenance(console: Console, edit: dict[str, Any]) -> None:
         ("edit id", edit["id"]),
     ]
     for request in edit["requests"]:
-        for key in ("aliases", "preserve"):
-            if request[key]:
-                rows.insert(0, (key, f"{', '.join(request[key])} (for {request['subject']})"))
+        if request["preserve"]:
+            rows.insert(0, ("preserve", f"{', '.join(request['preserve'])} (for {request['subject']})"))
     print_rows(console, rows)
 
 
@@ -110,6 +127,10 @@ def print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, escape(value))
     console.print(table)
+
+
+def _escaped(texts: dict[str, str]) -> list[tuple[str, str]]:
+    return [(escape(name), escape(text)) for name, text in texts.items()]
 
 
 def _plugin(record: dict[str, Any]) -> str:

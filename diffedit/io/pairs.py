@@ -3,6 +3,9 @@
     <site>.keys       [n, d_in]     rows of all requests, in order
     <site>.residuals  [n, d_out]
     <site>.held       [m, d_in]     rows of all preserved names, in order (left out if there are none)
+    <site>.spread     [n + m, d_in] all of these rows times the inverse of the metric (left out if there is none),
+    <site>.metric     [d_in, d_in]  or, for very many rows, the metric's triangular root, and
+    <site>.excluded   [z, d_in]     what it excludes, if anything
 
 How many rows belong to whom stands in the edit's manifest, and so do the hashes: the file means nothing without its
 edit. Who only wants the change itself does not need it.
@@ -11,16 +14,15 @@ edit. Who only wants the change itself does not need it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffedit.delta import Delta
 from diffedit.errors import IntegrityError, MalformedArtifactError, NonFiniteError
 from diffedit.io.container import DTYPE_NAMES, pack, unpack
-from diffedit.io.files import decode_edit, read_bytes, tensor_records, tensor_sha256, tensors_to_delta
+from diffedit.io.files import tensor_records, tensor_sha256
 from diffedit.io.manifest import HeldRecord, Manifest, PairsRecord, WantedRecord
+from diffedit.linalg.metric import Metric
 from diffedit.pairs import Held, Pairs, Wanted
 from diffedit.site import EditSite
 
@@ -38,6 +40,13 @@ def pairs_to_tensors(site: EditSite, pairs: Pairs) -> dict[str, Tensor]:
     }
     if pairs.held:
         tensors[f"{site.name}.held"] = torch.cat([entry.keys for entry in pairs.held])
+    spreads = pairs.spread_parts()
+    if spreads:
+        tensors[f"{site.name}.spread"] = torch.cat(spreads)
+    if pairs.price is not None:
+        tensors[f"{site.name}.metric"] = pairs.price.root.float()
+        if len(pairs.price.excluded):
+            tensors[f"{site.name}.excluded"] = pairs.price.excluded.float()
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -48,6 +57,7 @@ def pairs_records(pairs: Mapping[EditSite, Pairs]) -> dict[str, PairsRecord]:
             wanted=tuple(WantedRecord(rows=len(e.keys), count=e.count, group=e.group) for e in data.wanted),
             held=tuple(HeldRecord(rows=len(e.keys), count=e.count, group=e.group, name=e.name) for e in data.held),
             weight_norm=data.weight_norm,
+            metric=data.metric,
             tensors=tensor_records(pairs_to_tensors(site, data)),
         )
         for site, data in pairs.items()
@@ -60,20 +70,6 @@ def pairs_file(pairs: Mapping[EditSite, Pairs], manifest: Manifest) -> bytes:
     for site, data in pairs.items():
         tensors |= pairs_to_tensors(site, data)
     return pack({_KEY: manifest.edit_id}, tensors)
-
-
-def read_folder(path: Path) -> tuple[Manifest, Delta]:
-    """An edit with its pairs, from its folder or its `edit.safetensors`, both files as one save left them.
-
-    Raises:
-        ArtifactError: see `read_edit` and `decode_pairs`.
-    """
-    file, data, beside = read_bytes(path, (PAIRS_FILE,))
-    manifest, tensors = decode_edit(data, str(file))
-    pairs = {}
-    if manifest.pairs and PAIRS_FILE in beside:
-        pairs = decode_pairs(beside[PAIRS_FILE], manifest, str(file.parent / PAIRS_FILE))
-    return manifest, Delta(tensors_to_delta(manifest, tensors).factors, {}, pairs)
 
 
 def decode_pairs(data: bytes, manifest: Manifest, where: str) -> dict[EditSite, Pairs]:
@@ -123,8 +119,10 @@ def _pairs(site: EditSite, record: PairsRecord, tensors: Mapping[str, Tensor], r
     """One site's rows, dealt out to requests and preserved names."""
     name = site.name
     keys, residuals = tensors.get(f"{name}.keys"), tensors.get(f"{name}.residuals")
-    held = tensors.get(f"{name}.held")
-    shapes = [(keys, site.d_in), (residuals, site.d_out), (held, site.d_in)]
+    held, spread = tensors.get(f"{name}.held"), tensors.get(f"{name}.spread")
+    root, excluded = tensors.get(f"{name}.metric"), tensors.get(f"{name}.excluded")
+    wide = (keys, held, spread, root, excluded)
+    shapes = [(residuals, site.d_out), *((tensor, site.d_in) for tensor in wide)]
     if any(tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != width) for tensor, width in shapes):
         raise MalformedArtifactError("the pairs do not fit the layer", value=ascii(name))
     wanted_rows, held_rows = [entry.rows for entry in record.wanted], [entry.rows for entry in record.held]
@@ -135,14 +133,19 @@ def _pairs(site: EditSite, record: PairsRecord, tensors: Mapping[str, Tensor], r
         or sum(wanted_rows) != len(keys)
         or sum(wanted_rows) != len(residuals)
         or sum(held_rows) != (len(held) if held is not None else 0)
+        or (spread is not None and len(spread) != sum(wanted_rows) + sum(held_rows))
+        or ((spread is not None or root is not None) is not bool(record.metric))
+        or (root is not None and (len(root) != site.d_in or not bool(root.diagonal().all())))
+        or (excluded is not None and root is None)
     ):
         raise MalformedArtifactError("the rows of the pairs do not add up", value=ascii(name))
-    wanted = tuple(
-        Wanted(k, r, entry.count, entry.group)
-        for k, r, entry in zip(
-            torch.split(keys, wanted_rows), torch.split(residuals, wanted_rows), record.wanted, strict=True
-        )
-    )
-    parts = torch.split(held, held_rows) if held is not None else ()
-    kept = tuple(Held(e.name, e.group, k, e.count) for k, e in zip(parts, record.held, strict=True))
-    return Pairs(wanted, kept, record.weight_norm)
+    sizes = [*wanted_rows, *held_rows]
+    spreads = [None] * len(sizes) if spread is None else list(torch.split(spread, sizes))
+    parts = zip(record.wanted, torch.split(keys, wanted_rows), torch.split(residuals, wanted_rows), strict=True)
+    wanted = tuple(Wanted(k, r, e.count, e.group, s) for (e, k, r), s in zip(parts, spreads, strict=False))
+    still = zip(record.held, torch.split(held, held_rows) if held is not None else (), strict=True)
+    kept = tuple(Held(e.name, e.group, k, e.count, s) for (e, k), s in zip(still, spreads[len(wanted) :], strict=True))
+    price = None
+    if root is not None:
+        price = Metric(root.double(), root.new_zeros(0, site.d_in).double() if excluded is None else excluded.double())
+    return Pairs(wanted, kept, record.weight_norm, record.metric, price)

@@ -7,37 +7,27 @@ best one has a frame.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffedit.errors import RequestError, StorageError, UnsupportedModelError
+from diffedit.figures import new_figure, write_figure
 
 if TYPE_CHECKING:
     from diffedit.locators.table import Effect, TraceTable
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 _MOST_NUMBERS = 16
 _TITLES = {"signed": "indirect effect", "absolute": "absolute indirect effect", "raw": "score of the restored run"}
 
 
 def draw(table: TraceTable, path: Path, effect: Effect) -> Path:
     """Write the heat map to `path`; see `CausalTrace.plot`."""
-    if path.suffix.lower() not in _SUFFIXES:
-        raise RequestError("a plot is a .png, .svg or .pdf file", value=repr(path.name))
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UnsupportedModelError(
-            "plots need matplotlib", hint="install it with: python -m pip install 'diffedit[eval]'"
-        )
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(part.kind for part in table.parts))
     scores = table.scores(effect)
     most = max(sum(part.kind == kind for part in table.parts) for kind in kinds)
     rows = len(table.columns)
-    figure = Figure(figsize=(2.6 + 0.62 * max(most, 5), 1.5 + len(kinds) * (0.75 + 0.42 * rows)), layout="constrained")
+    figure = new_figure(path, 2.6 + 0.62 * max(most, 5), 1.5 + len(kinds) * (0.75 + 0.42 * rows))
     panels: Any = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
     low, high = _span(scores) if effect == "raw" else (0.0, max(float(np.nanmax(scores)), 1e-12))
     for panel, kind in zip(panels, kinds, strict=True):
@@ -51,12 +41,7 @@ def draw(table: TraceTable, path: Path, effect: Effect) -> Path:
         f"{prompts} prompts, {len(table.units)} runs",
         fontsize=10,
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise StorageError("the plot cannot be written", value=repr(str(path)), cause=str(error)) from error
-    return path
+    return write_figure(figure, path)
 
 
 def _panel(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -28,13 +29,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from diffedit.errors import MalformedArtifactError, RequestError, StorageError
 from diffedit.interfaces import Backend
+from diffedit.linalg.metric import Metric
 from diffedit.linalg.moments import SecondMoment
 from diffedit.site import EditSite
 
 _BATCH = 50
+_PORTION = 300
+_ROWS = 4096
+_SAMPLES = 8
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _VERSION = "diffedit-moment-1"
 
 
@@ -85,20 +92,67 @@ def second_moment(backend: Backend, site: EditSite, count: int, cache_dir: Path 
     if path is not None and path.exists():
         return _read(path)
     moment = SecondMoment(site.d_in)
+    waiting: list[Tensor] = []
     for start in range(0, count, _BATCH):
         batch = prompts[start : start + _BATCH]
-        seen = backend.capture(batch, [site])
-        ends = [_end(backend, prompt) for prompt in batch]
-        inputs = seen.inputs[site]
-        moment.add(torch.cat([inputs[row, : end + 1] for row, end in enumerate(ends)]))
+        inputs = backend.capture(batch, [site]).inputs[site]
+        waiting += [inputs[row, : end + 1] for row, end in enumerate(_ends(backend, batch))]
+        if sum(map(len, waiting)) >= _ROWS or start + _BATCH >= count:
+            moment.add(torch.cat(waiting))
+            waiting = []
     if path is not None:
         _write(path, moment)
     return moment
 
 
-def _end(backend: Backend, prompt: str) -> int:
-    """Position of the end-of-text token: the span of any word knows it."""
-    return backend.span(prompt, prompt.split()[0], 0).eos
+def everyday_metric(backend: Backend, site: EditSite, count: int, lam: float, weight: float) -> Metric:
+    """The price lam I + weight C, C the second moment over the first `count` captions; without captions lam I.
+
+    It is kept with the backend for as long as the weights that it depends on stay as they are, if those can be seen.
+    """
+    if not count:
+        return Metric.build(lam, None, site.d_in)
+    state = _state(backend, site)
+    key = "everyday", site, count, lam, weight, state
+    known = backend.statistics.get(key) if state else None
+    if known is None:
+        known = Metric.of_inputs(lam, weight, _inputs(backend, site, count))
+        for old in [k for k in backend.statistics if k[:2] == key[:2]]:
+            del backend.statistics[old]
+        backend.statistics[key] = known
+    found: Metric = known
+    return found
+
+
+def _inputs(backend: Backend, site: EditSite, count: int) -> Iterator[Tensor]:
+    """The site's inputs [n, d_in] at all tokens of the captions, some captions at a time."""
+    prompts = list(islice(captions(), count))
+    for start in range(0, count, _PORTION):
+        spans = backend.spans([(prompt, prompt.split()[0], 0) for prompt in prompts[start : start + _PORTION]])
+        places = [(span, position) for span in spans for position in range(span.eos + 1)]
+        yield backend.read(places, [site]).inputs[site]
+
+
+def _state(backend: Backend, site: EditSite) -> tuple[object, ...]:
+    """What changes when a weight changes that the site's input may depend on: all up to its layer, but for its own.
+
+    Torch counts writes to a tensor, but not those that go past it (`.data`); a few numbers of each show most of these.
+    """
+    own = site.path.rsplit(".encoder.", 1)[-1] + "."
+    component: Any = getattr(backend.model.pipeline, site.component, None)
+    found: list[object] = []
+    for name, tensor in (component.state_dict(keep_vars=True) if component is not None else {}).items():
+        layer = _LAYER.search(name)
+        if own not in name and (layer is None or int(layer[1]) <= site.layer):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].tolist()
+            found.append((name, id(tensor), tensor.data_ptr(), tensor._version, *sample))
+    return tuple(found)
+
+
+def _ends(backend: Backend, prompts: list[str]) -> list[int]:
+    """Positions of the end-of-text tokens: the span of any word knows its prompt's."""
+    return [span.eos for span in backend.spans([(prompt, prompt.split()[0], 0) for prompt in prompts])]
 
 
 def _digest(backend: Backend, site: EditSite, prompts: list[str]) -> str:

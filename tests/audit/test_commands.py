@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from diffedit import Editor
 from diffedit.cli import app
 from tests.audit.conftest import OUT, low_rank
+from tests.tiny import build
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def pair(folders, tmp_path_factory) -> tuple[Path, Path, Path]:
     """A base, an edited copy, and the edit."""
     root = tmp_path_factory.mktemp("pair")
     editor = Editor(folders["sd1"])
-    edit = editor.ablate("dog", target="cat").save(root / "edit")
+    edit = editor.ablate("dog", target="cat", updater=build.plain()).save(root / "edit")
     return folders["sd1"], editor.save_pipeline(root / "edited"), edit
 
 

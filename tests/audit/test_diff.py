@@ -23,6 +23,7 @@ from diffedit.errors import (
 )
 from tests.audit.conftest import FILES, OUT, low_rank, rewrite
 from tests.formats.made import random_edit, sites_of, tree
+from tests.tiny import build
 
 CROSS = (".attn2.to_k.weight", ".attn2.to_v.weight")
 
@@ -42,7 +43,7 @@ def test_an_untouched_copy_does_not_differ(base, edited):
 
 def test_an_ablation_is_found_with_rank_norm_and_word(base, tmp_path):
     editor = Editor(base)
-    edit = editor.ablate("dog", target="cat")  # preserves the other objects of the vocabulary
+    edit = editor.ablate("dog", target="cat", updater=build.plain())  # preserves the other objects of the vocabulary
     editor.save_pipeline(tmp_path / "merged")
     found = diff(base, tmp_path / "merged")
     record = edit.manifest.sites[0]

@@ -16,7 +16,7 @@ from diffedit.audit.words import FRAMES, rank_words
 from diffedit.backends.saving import save_pipeline
 from diffedit.preparing import choose_backend
 from diffedit.text import render
-from tests.tiny import xl
+from tests.tiny import build, xl
 
 WORDS = ("dog", "cat", "hot dog", "zebra")
 LAYER = "text_model.encoder.layers.1"
@@ -29,7 +29,7 @@ def made(tokenizer_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("xl")
     base = save_pipeline(xl.pipeline(tokenizer_folder), root / "base")
     editor = Editor(base)
-    edit = editor.ablate("dog", target="cat").save(root / "edit")
+    edit = editor.ablate("dog", target="cat", updater=build.plain()).save(root / "edit")
     return base, edit, editor.save_pipeline(root / "merged")
 
 

@@ -15,7 +15,8 @@ from diffedit.backends.loading import load_model
 from diffedit.backends.stable_diffusion import SD1
 from diffedit.locators.fixed import FixedLocator
 from diffedit.request import make_request
-from diffedit.updaters.closed_form import QuickFix, QuickFixPublished
+from diffedit.updaters.closed_form import QuickFixPublished
+from tests.tiny import build
 
 PUBLISHED_TEMPLATES = ("{}", "photo of {}", "image of {}", "picture of {}")
 
@@ -64,7 +65,7 @@ def test_quickfix_with_the_papers_values(sd1, layer, subject, target):
     bias = layer.bias.detach().double().numpy()
     pairs = [(x[i, ends[i] - 1], y[i, goals[i] - 1] - bias) for i in range(len(ends))]
     wanted = dense(layer, pairs, 0.01)
-    found = solved(sd1, QuickFix(values="module", pair_tol=0), request)
+    found = solved(sd1, build.plain(values="module", pair_tol=0), request)
     assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
     with_bias = dense(layer, [(k, v + bias) for k, v in pairs], 0.01)
     assert np.linalg.norm(found - with_bias) > 1e-2 * np.linalg.norm(wanted)  # control: the quirk would show
@@ -102,7 +103,7 @@ def test_weights_of_token_kinds_and_preserve_keys(sd1, layer, lam):
     q, e = (np.array([x[i, ends[i] - back] for x, _, ends in kept for i in range(2)]) for back in (1, 0))
     gram = lam * np.eye(len(weight)) + keys.T @ s @ keys + 3.0 * (2.0 * q.T @ q + 0.5 * e.T @ e)
     wanted = (values - keys @ weight.T).T @ s @ keys @ np.linalg.inv(gram)
-    updater = QuickFix(
+    updater = build.plain(
         lam=lam, values="module", pair_tol=0, subject_weight=2.0, eos_weight=0.5, padding_weight=0, preserve_weight=3.0
     )
     assert np.linalg.norm(solved(sd1, updater, request) - wanted) <= 1e-5 * np.linalg.norm(wanted)

@@ -13,12 +13,19 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffedit.updaters.closed_form import QuickFix
+
 TRUE_SIZE = {
     "sd1": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
     "sd2": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16),
 }
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
 MERGES = ("a n", "d o", "do g</w>", "c a", "ca t</w>", "a</w> p", "p i", "o f</w>", "t h", "i n", "e r", "p h", "ph o")
+
+
+def plain(**fields) -> QuickFix:
+    """The paper's objective: only the subject is paired, only the size of the change is charged, lam as it is."""
+    return QuickFix(everyday=0, give_up=None, **fields)
 
 
 class NestedTextModel(torch.nn.Module):

@@ -169,7 +169,7 @@ def test_pairs_that_are_missing_or_damaged(tmp_path, made):
 
 
 def test_conflicts_are_seen_before_anything_is_applied(editor):
-    dog, same = editor.ablate("dog", target="cat"), editor.ablate("Dog", target="old car")
+    dog, same = (editor.ablate(n, target=t, updater=build.plain()) for n, t in (("dog", "cat"), ("Dog", "old car")))
     found = dog.conflicts(same)
     assert [c.kind for c in found][:2] == ["contradiction", "same subject"] and found[0].cosine > 0.999
     with pytest.raises(RequestError, match="two edits"):
@@ -200,7 +200,7 @@ def test_a_contradiction_in_one_solve_is_refused(editor):
     a = make_request(subject="dog", target="cat", templates=["a {}", "my old {}"])
     b = make_request(subject="old dog", target="bird", templates=["my {}"])
     with pytest.raises(ContradictionError, match="'dog' and 'old dog'"):
-        editor.run([a, b])
+        editor.run([a, b], updater=build.plain())
 
 
 def test_what_has_no_common_solve(editor, tokenizer_folder, made):

@@ -36,7 +36,6 @@ from diffedit.errors import (
 from diffedit.locators.fixed import FixedLocator
 from diffedit.request import make_request
 from diffedit.testing import model_state
-from diffedit.updaters.closed_form import QuickFix
 from tests.tiny import build
 
 
@@ -99,12 +98,15 @@ REQUESTS = {
         "layer 9.*from 0 to 2",
     ),
     "no weight at all": (
-        lambda e: e.ablate("dog", target="cat", updater=QuickFix(subject_weight=0)),
+        lambda e: e.ablate("dog", target="cat", updater=build.plain(subject_weight=0)),
         RequestError,
         "no token pairs",
     ),
     "contradiction": (
-        lambda e: e.run([make_request(subject="dog", target="owl"), make_request(subject="cat", target="fox")]),
+        lambda e: e.run(
+            [make_request(subject="dog", target="owl"), make_request(subject="cat", target="fox")],
+            updater=build.plain(),
+        ),
         ContradictionError,
         "same key",
     ),

@@ -23,7 +23,6 @@ from diffedit.ledger import tensor_hash
 from diffedit.request import STYLE_TEMPLATES
 from diffedit.site import TokenRule
 from diffedit.testing import model_state
-from diffedit.updaters.closed_form import QuickFix
 from tests.tiny import build
 
 EDITED = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
@@ -65,7 +64,7 @@ def test_the_subject_now_gives_what_the_target_gave(pipeline, values, what):
     prompt, goal = "a photo of a dog", "a photo of a cat"
     wanted = states(pipeline, goal)[what]
     assert gap(states(pipeline, prompt)[what], wanted) > 0.2  # control
-    edit = Editor(pipeline).ablate("dog", target="cat", updater=QuickFix(lam=1e-5, values=values, pair_tol=0))
+    edit = Editor(pipeline).ablate("dog", target="cat", updater=build.plain(lam=1e-5, values=values, pair_tol=0))
     assert gap(states(pipeline, prompt)[what], wanted) < 1e-2
     edit.revert()
     assert gap(states(pipeline, prompt)[what], wanted) > 0.2
@@ -75,14 +74,14 @@ def test_larger_lam_weakens_the_edit(sd1):
     editor, gaps = Editor(sd1), []
     wanted = states(sd1, "a dog")["stream"]
     for lam in (0.1, 10.0, 1e3, 1e5):
-        edit = editor.ablate("dog", target="cat", updater=QuickFix(lam=lam))
+        edit = editor.ablate("dog", target="cat", updater=build.plain(lam=lam))
         gaps.append(gap(states(sd1, "a dog")["stream"], wanted))
         edit.revert()
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.1 * gaps[0]
 
 
 def test_update_list_and_aliases(sd1):
-    editor, updater = Editor(sd1), QuickFix(lam=1e-5, pair_tol=0)
+    editor, updater = Editor(sd1), build.plain(lam=1e-5, pair_tol=0)
     goal = states(sd1, "the owl")["stream"]
     edit = editor.update("flag of Peru", "owl", updater=updater)
     assert edit.requests[0].action == "update"
@@ -100,10 +99,10 @@ def test_update_list_and_aliases(sd1):
 def test_preserve_holds_another_concept_still(sd1):
     editor = Editor(sd1)
     before = states(sd1, "a fox")["output"]
-    loose = editor.ablate("dog", target="cat")
+    loose = editor.ablate("dog", target="cat", updater=build.plain())
     moved = gap(states(sd1, "a fox")["output"], before)
     loose.revert()
-    updater = QuickFix(preserve_weight=1e4, padding_weight=0, pair_tol=0)
+    updater = build.plain(preserve_weight=1e4, padding_weight=0, pair_tol=0)
     edit = editor.ablate("dog", target="cat", preserve=["fox"], updater=updater)
     held = gap(states(sd1, "a fox")["output"], before)
     assert held < 1e-2 * moved
@@ -116,7 +115,7 @@ def test_preserve_holds_another_concept_still(sd1):
 def test_other_prompts_move_no_more_than_their_overlap_with_the_keys(sd1, other):
     """|D x| <= |D| |projection of x on the keys|: a key orthogonal to the subject's is not moved at all."""
     before = states(sd1, other)
-    edit = Editor(sd1).ablate("dog", target="cat")
+    edit = Editor(sd1).ablate("dog", target="cat", updater=build.plain())
     after = states(sd1, other)
     assert torch.equal(before["key"], after["key"])  # nothing upstream of the layer changed
     prompts = [prompt for prompt, _ in edit.requests[0].render("dog")]
@@ -240,7 +239,7 @@ def test_half_precision_pipelines(sd1, dtype):
     before = bits(sd1)
     wanted = states(sd1, "a photo of a cat")["stream"]
     assert gap(states(sd1, "a photo of a dog")["stream"], wanted) > 0.3
-    edit = Editor(sd1).ablate("dog", target="cat")
+    edit = Editor(sd1).ablate("dog", target="cat", updater=build.plain())
     assert layer(sd1).weight.dtype is dtype and edit.manifest.sites[0].dtype == str(dtype).removeprefix("torch.")
     assert gap(states(sd1, "a photo of a dog")["stream"], wanted) < 0.1
     edit.revert()
@@ -388,7 +387,7 @@ def test_a_forward_hook_of_somebody_else_stays_and_still_sees_everything(sd1):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_true_size_text_encoders_in_both_layouts(tokenizer_folder, family):
-    flat, updater = build.pipeline(tokenizer_folder, family=family, true_size=True), QuickFix(lam=1e-5)
+    flat, updater = build.pipeline(tokenizer_folder, family=family, true_size=True), build.plain(lam=1e-5)
     site, wanted = Editor(flat).backend.sites()[-1], build.TRUE_SIZE[family]
     assert (site.layer + 1, site.d_out) == (wanted["num_hidden_layers"], wanted["hidden_size"])
     before, goal = layer(flat).weight.detach().clone(), states(flat, "a photo of a cat")["stream"]

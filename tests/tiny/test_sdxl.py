@@ -166,7 +166,7 @@ def test_an_edit_makes_the_subject_the_target_in_both_encoders(pipe):
         return {site.component: (seen.outputs[site] + seen.streams[site])[0, at] for site in sites}
 
     wanted, before, states = after_layer("cat"), after_layer("dog"), xl.embed(pipe, PROMPTS)
-    updater, templates = QuickFix(lam=1e-6, pair_tol=0.0), ["a photo of a {}"]
+    updater, templates = QuickFix(lam=1e-6, pair_tol=0.0, everyday=0, give_up=None), ["a photo of a {}"]
     edit = editor.ablate("dog", target="cat", updater=updater, templates=templates)
     after = after_layer("dog")
     assert after.keys() == {FIRST, SECOND} and edit.manifest.base.backend == "sdxl"

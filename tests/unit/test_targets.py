@@ -7,6 +7,7 @@ import pytest
 from diffedit import Editor
 from diffedit.interfaces import LoadedModel, Vocabulary
 from diffedit.targets import Completer, default_preserve, default_templates, guess_kind
+from tests.tiny import build
 
 KNOWN = Vocabulary(
     objects=("dog", "fox", "Oak tree"),
@@ -70,7 +71,7 @@ def test_in_a_small_category_it_becomes_the_nearest_other_member(sd1):
     assert alone.requests[0].target == "animal"
 
 
-def test_the_tail_is_paired_only_for_objects_beside_preserved_ones(sd1):
+def test_the_tail_is_paired_only_for_objects_beside_something_held(sd1):
     editor = with_vocabulary(sd1)
 
     def pairs(**arguments):
@@ -78,6 +79,8 @@ def test_the_tail_is_paired_only_for_objects_beside_preserved_ones(sd1):
         editor.revert()
         return edit.delta.diagnostics[edit.delta.sites[0]].pairs / len(edit.requests[0].templates)
 
-    assert pairs(subject="dog") > 60  # end-of-text and every padding position
-    assert pairs(subject="dog", target="cat", preserve=[]) == 1
+    assert pairs(subject="dog") == 2  # and the end of text
+    assert pairs(subject="dog", target="cat", preserve=[]) == 2  # everyday captions are held
+    assert pairs(subject="dog", target="cat", updater=build.plain()) == 2
+    assert pairs(subject="dog", target="cat", preserve=[], updater=build.plain()) == 1
     assert pairs(subject="pixel", target="cat") == 1

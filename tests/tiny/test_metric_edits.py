@@ -1,0 +1,198 @@
+"""Proves on random-weight pipelines what the metric promises: everyday captions move less, what is exact does not move,
+the factor is the curve's, and edits still compose, travel and come apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffedit import Editor, compose
+from diffedit.edit import Edit
+from diffedit.errors import IllConditionedError, NotComposableError, RequestError
+from diffedit.tradeoff import draw_trade_off, trade_off
+from diffedit.updaters.closed_form import GIVE_UP, GIVE_UP_HELD, QuickFix
+from diffedit.updaters.everyday import captions
+from tests.tiny import build
+
+EXACT_TOL = 1e-5
+
+
+@pytest.fixture
+def editor(sd1) -> Editor:
+    return Editor(sd1)
+
+
+@pytest.fixture
+def wide(tokenizer_folder):
+    """A text encoder with more dimensions (768) than the empty prompt has positions."""
+    return build.pipeline(tokenizer_folder, family="sd1", true_size=True)
+
+
+def dense(edit: Edit) -> torch.Tensor:
+    (change,) = edit.delta.factors.values()
+    return change.dense()
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def encoded(pipe, prompt: str) -> torch.Tensor:
+    """What the image model is told: all positions, padded."""
+    tokens = pipe.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipe.text_encoder(tokens)[0].double()
+
+
+def everyday_inputs(editor: Editor, count: int = 60) -> torch.Tensor:
+    (site,) = editor.ablate("dog", target="cat").delta.sites
+    editor.revert()
+    made = captions()
+    prompts = [next(made) for _ in range(count)]
+    seen = editor.backend.capture(prompts, [site]).inputs[site].double()
+    ends = [editor.backend.span(prompt, prompt.split()[0], 0).eos for prompt in prompts]
+    return torch.cat([seen[row, : end + 1] for row, end in enumerate(ends)])
+
+
+def test_everyday_captions_move_less(editor):
+    inputs = everyday_inputs(editor)
+    moved = {}
+    for name, updater in (("held", QuickFix()), ("not", build.plain(eos_weight=0.3))):
+        edit = editor.ablate("dog", target="cat", updater=updater)
+        moved[name] = float((inputs @ dense(edit).T).norm())
+        edit.revert()
+    assert moved["held"] < 0.6 * moved["not"]
+
+
+def test_the_empty_prompt_does_not_move(wide):
+    pipe, editor, before = wide, Editor(wide), encoded(wide, "")
+    edit = editor.ablate("dog", target="cat")
+    assert gap(encoded(pipe, ""), before) > 100 * EXACT_TOL  # control
+    edit.revert()
+    editor.ablate("dog", target="cat", updater=QuickFix(exact="empty"))
+    assert gap(encoded(pipe, ""), before) < EXACT_TOL
+    assert gap(encoded(pipe, "a dog")[0, :1], before[0, :1]) < EXACT_TOL  # the begin-of-text token, in any prompt
+
+
+def test_preserved_names_do_not_move(wide):
+    editor, sd1 = Editor(wide), wide
+    prompts = [template.format("fox") for template in ("a {}", "the {}")]
+    before = [encoded(sd1, prompt) for prompt in prompts]
+    said = dict(target="cat", preserve=["fox"], templates=["a {}", "the {}"])
+    soft = editor.ablate("dog", **said)
+    assert max(gap(encoded(sd1, p)[0, :4], b[0, :4]) for p, b in zip(prompts, before, strict=True)) > 100 * EXACT_TOL
+    soft.revert()
+    edit = editor.ablate("dog", **said, updater=QuickFix(exact="preserve"))
+    for prompt, old in zip(prompts, before, strict=True):
+        assert gap(encoded(sd1, prompt)[0, :4], old[0, :4]) < EXACT_TOL  # begin of text, two words, end of text
+    assert edit.manifest.sites[0].relative_norm > 0.01
+
+
+def test_an_edit_without_room_is_refused_and_writes_nothing(editor, sd1):
+    before = sd1.text_encoder.state_dict()["encoder.layers.0.self_attn.out_proj.weight"].clone()
+    with pytest.raises(IllConditionedError, match=r"nothing of the edit is left: 32 of 32 dimensions"):
+        editor.ablate("dog", target="cat", updater=QuickFix(exact="empty"))  # 77 positions in 32 dimensions
+    assert torch.equal(sd1.text_encoder.state_dict()["encoder.layers.0.self_attn.out_proj.weight"], before)
+    with pytest.raises(RequestError, match="lam = 0"):
+        QuickFix(lam=0)
+    assert build.plain(lam=0).lam == 0
+
+
+def test_composing_is_the_joint_solve_in_the_metric(editor):
+    said = dict(target="cat", preserve=["owl"])
+    a, b = editor.ablate("dog", **said), editor.ablate("Snoopy", **said)
+    joint = editor.ablate(["dog", "Snoopy"], **said)
+    whole = compose([b, a])
+    assert gap(dense(whole), dense(joint)) <= 1e-6
+    factors = [edit.manifest.sites[0].diagnostics["factor"] for edit in (whole, joint)]
+    assert factors[0] == factors[1] != 1.0
+    assert gap(dense(joint.without("Snoopy")), dense(a)) <= 1e-6
+    assert gap(dense(a) + dense(b), dense(joint)) > 1e-3  # control: adding is something else
+
+
+def test_edits_of_different_metrics_do_not_compose(wide):
+    editor, exact = Editor(wide), QuickFix(exact="preserve")
+    a = editor.ablate("dog", target="cat", preserve=["owl"], templates=["a {}"], updater=exact)
+    b = editor.ablate("Snoopy", target="cat", preserve=["fox"], templates=["a {}"], updater=exact)
+    with pytest.raises(NotComposableError, match="different metrics"):
+        compose([a, b])
+
+
+def test_many_rows_keep_the_metric_instead_of_spreads(editor, tmp_path):
+    names = [f"{first} {last}o" for first in ("dog", "cat", "owl", "fox", "pup") for last in "bcdfghjklmnpqrst"]
+    edit = editor.ablate(names, target="bird")
+    (pairs,) = edit.delta.pairs.values()
+    assert pairs.price is not None and pairs.spreads() is None
+    again = Edit.load(edit.save(tmp_path / "many"))
+    assert again.id == edit.id and again.files() == edit.files()
+    less = again.without(*names[3:])
+    editor.revert()
+    few = editor.ablate(names[:3], target="bird")
+    assert gap(dense(less), dense(few)) <= 1e-5
+    assert gap(dense(compose([less, again.without(*names[:3])])), dense(edit)) <= 1e-5
+
+
+def test_the_curve_of_a_loaded_edit(editor, tmp_path):
+    edit = editor.ablate("dog", target="cat", preserve=["owl", "fox"])
+    (curve,) = trade_off(Edit.load(edit.save(tmp_path / "edit")))
+    said = edit.manifest.sites[0].diagnostics
+    assert curve.chosen.factor == said["factor"] and curve.site == edit.delta.sites[0]
+    assert curve.chosen.efficacy == pytest.approx(1 - said["residual"], abs=1e-9)
+    assert curve.chosen.preserve_drift == pytest.approx(said["preserve_drift"], abs=1e-9)
+    reached, drifts = [p.efficacy for p in curve.points], [p.everyday_drift for p in curve.points]
+    assert reached == sorted(reached, reverse=True) and drifts == sorted(drifts, reverse=True)
+    assert curve.chosen.efficacy == pytest.approx((1 - GIVE_UP_HELD) * reached[0], abs=0.02)
+    inputs = everyday_inputs(editor, 300)
+    rms = float((inputs @ dense(edit).T).square().sum(1).mean().sqrt())
+    (pairs,) = edit.delta.pairs.values()
+    asked = float(torch.cat([e.residuals for e in pairs.wanted]).double().norm()) / said["pairs"] ** 0.5
+    assert rms / asked <= curve.chosen.everyday_drift * 1.001  # an upper bound ...
+    assert rms / asked >= curve.chosen.everyday_drift * 0.8  # ... and a close one
+    data = draw_trade_off((curve,), tmp_path / "new" / "curve.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    with pytest.raises(RequestError, match=r"\.png"):
+        draw_trade_off((curve,), tmp_path / "curve.txt")
+
+
+def test_the_automatic_share_depends_on_whether_names_are_held(editor):
+    for preserve, share in ((["owl"], GIVE_UP_HELD), ([], GIVE_UP)):
+        auto, said = (
+            editor.ablate("dog", target="cat", preserve=preserve, updater=QuickFix(give_up=value))
+            for value in ("auto", share)
+        )
+        assert torch.equal(dense(auto), dense(said))
+        editor.revert()
+
+
+def test_what_has_no_curve(editor):
+    with pytest.raises(NotComposableError, match="no trade-off"):
+        trade_off(editor.ablate("dog", target="cat", updater="time"))
+    with pytest.raises(RequestError, match="no trade-off"):
+        trade_off(editor.ablate("fox", target="cat", updater=build.plain()))
+
+
+def test_the_moment_is_measured_once_and_again_when_the_weights_change(editor, sd1, monkeypatch):
+    read, calls = type(editor.backend).read, []
+
+    def counted(self, places, *args, **kwargs):
+        calls.append(len(places))
+        return read(self, places, *args, **kwargs)
+
+    monkeypatch.setattr(type(editor.backend), "read", counted)
+
+    def measured() -> bool:
+        calls.clear()
+        editor.ablate("dog", target="cat").revert()
+        return max(calls) > 1000  # all tokens of the captions
+
+    layer = sd1.text_encoder.encoder.layers
+    assert measured() and not measured()
+    editor.ablate("fox", target="cat")
+    assert not measured()  # an active edit of the site itself does not matter
+    with torch.no_grad():
+        layer[2].mlp.fc2.weight.mul_(1.1)
+    assert not measured()  # later layers do not
+    for change in (lambda w: w.mul_(1.01), lambda w: w.data.mul_(0.99)):
+        with torch.no_grad():
+            change(layer[0].self_attn.q_proj.weight)
+        assert measured() and not measured()
