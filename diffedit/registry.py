@@ -36,6 +36,8 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "cross-attention": "diffedit.locators.cross_attention:CrossAttentionLocator",
         "text-layers": "diffedit.locators.text_layers:TextLayersLocator",
         "text-mlp": "diffedit.locators.text_mlp:TextMLPLocator",
+        "text-mlp-range": "diffedit.locators.text_mlp_range:TextMLPRangeLocator",
+        "unet-unconditional": "diffedit.locators.unet_unconditional:UNetUnconditionalLocator",
     },
     "updaters": {
         "quickfix": "diffedit.updaters.closed_form:QuickFix",
@@ -44,7 +46,9 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "time": "diffedit.updaters.cross_attention:TIME",
         "locoedit": "diffedit.updaters.cross_attention:LocoEdit",
         "refact": "diffedit.updaters.rank_one:ReFACT",
+        "emcid": "diffedit.updaters.emcid:EMCID",
         "esd": "diffedit.updaters.finetune.esd:ESD",
+        "esd-u": "diffedit.updaters.finetune.esd:ESDUnconditional",
         "concept-ablation": "diffedit.updaters.finetune.concept_ablation:ConceptAblation",
         "finetune-text-encoder": "diffedit.updaters.finetune.text_encoder:FineTuneTextEncoder",
     },

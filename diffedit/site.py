@@ -19,6 +19,10 @@ class Role(StrEnum):
     TEXT_MLP_OUT = "text.mlp.fc2"
     UNET_CROSS_ATTN_K = "unet.cross_attn.to_k"
     UNET_CROSS_ATTN_V = "unet.cross_attn.to_v"
+    UNET_SELF_ATTN = "unet.self_attn"
+    UNET_FEED_FORWARD = "unet.ff"
+    UNET_TIME = "unet.time_emb_proj"
+    UNET_PROJECTION = "unet.proj"
 
 
 class TokenRule(StrEnum):
@@ -40,8 +44,8 @@ class EditSite:
     Attributes:
         component: pipeline component, in diffusers' words (`"text_encoder"`, `"unet"`).
         path: canonical module path inside the component, without `.weight`.
-        layer: index of the block that holds the layer, counted from 0; in the UNet the cross-attention blocks are
-            counted in the order in which the forward pass meets them.
+        layer: index of the block that holds the layer, counted from 0; in the UNet the blocks of each
+            kind (cross-attention, self-attention, ...) are counted in the order in which the forward pass meets them.
         role: what the layer does.
         d_out: number of output features.
         d_in: number of input features.

@@ -90,12 +90,11 @@ def patches(
     except OSError as error:
         raise StorageError("the checkpoint cannot be read", value=ascii(str(source)), cause=error.strerror) from error
     named = _named(backend, checkpoint, sites)
-    stored = {name: checkpoint.read(name) for name in named}
-    new = {
-        name: in_file_dtype(name, backend.weight(site), stored[name])
-        for name, site in named.items()
-        if not same_values(backend.weight(site), stored[name])
-    }
+    new: dict[str, Tensor] = {}
+    for name, site in named.items():
+        stored = checkpoint.read(name)  # one at a time: all sites together are a third of the UNet
+        if not same_values(backend.weight(site), stored):
+            new[name] = in_file_dtype(name, backend.weight(site), stored)
     averaged = [name for name in new if named[name].component == UNET]
     if averaged and any(name.startswith(EMA_PREFIX) for name in checkpoint.entries):
         raise UnsupportedModelError(

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from diffedit.backends.checkpoint import save_checkpoint
 from diffedit.backends.hooks import Tap, evaluating, record
 from diffedit.backends.interventions import Interventions
+from diffedit.backends.precision import widened
 from diffedit.backends.quiet import quiet
 from diffedit.backends.saving import save_pipeline
 from diffedit.backends.spans import subject_span
 from diffedit.backends.token_reads import TokenReads
 from diffedit.backends.unet import UNET, cross_attention_layer, cross_attention_sites, record_cross_attention
+from diffedit.backends.unet_linear import LINEAR_ROLES, check_no_linear, linear_layer, linear_sites
 from diffedit.errors import UnsupportedModelError, UnsupportedTensorError
 from diffedit.interfaces import Activations
 from diffedit.site import EditSite, Role, SubjectSpan
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PREFIX = "text_model.encoder.layers"
+_TEXT_ROLES = (Role.TEXT_SELF_ATTN_OUT, Role.TEXT_MLP_OUT)
 _EDITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -88,21 +91,21 @@ class StableDiffusion(Interventions, TokenReads):
         return tuple(sorted(found, key=lambda site: (site.layer, site.role)))
 
     @cached_property
-    def _cross_sites(self) -> tuple[EditSite, ...]:
-        return cross_attention_sites(getattr(self.model.pipeline, UNET, None))
+    def _unet_sites(self) -> tuple[EditSite, ...]:
+        unet = getattr(self.model.pipeline, UNET, None)
+        return cross_attention_sites(unet) + linear_sites(unet)
 
     def sites(self, *roles: Role) -> tuple[EditSite, ...]:
         """Attention outputs and MLP outputs of every layer of the text encoder, first layer first.
 
-        Key and value projections of the UNet's cross-attention follow where their roles are named; without roles the
-        answer is the text encoder alone.
+        Those of the UNet follow where their roles are named: key and value projections of cross-attention, then the
+        linear layers outside of it. Without roles the answer is the text encoder alone.
         """
-        wanted = roles or (Role.TEXT_SELF_ATTN_OUT, Role.TEXT_MLP_OUT)
+        wanted = roles or _TEXT_ROLES
         in_text = tuple(site for site in self._sites if site.role in wanted)
-        in_unet = any(role in (Role.UNET_CROSS_ATTN_K, Role.UNET_CROSS_ATTN_V) for role in wanted)
-        if not in_unet:  # asking the UNet would read it from the disk
+        if not set(wanted) - set(_TEXT_ROLES):  # asking the UNet would read it from the disk
             return in_text
-        return in_text + tuple(site for site in self._cross_sites if site.role in wanted)
+        return in_text + tuple(site for site in self._unet_sites if site.role in wanted)
 
     def span(self, prompt: str, subject: str, occurrence: int | None = None) -> SubjectSpan:
         """Token positions of the subject; see `Backend.span`."""
@@ -123,12 +126,13 @@ class StableDiffusion(Interventions, TokenReads):
     def capture(self, prompts: Sequence[str], sites: Sequence[EditSite], *, padded: bool = False) -> Activations:
         """Run the prompts as the pipeline does (no attention mask) and stop at the deepest site.
 
-        For sites of the UNet that is the end of the text encoder; their streams are zero (`backends.unet` says why).
+        For cross-attention that is the end of the text encoder; its streams are zero (`backends.unet` says why).
         """
         cross = [site for site in sites if site.component == UNET]
+        check_no_linear(cross)
         taps = {site: Tap(self._module(site), self._norm(site)) for site in sites if site.component != UNET}
         tokens = self.tokenize(prompts, padded=padded)
-        with evaluating(self._encoder):
+        with evaluating(self._encoder), widened(self._encoder):
             with record(taps) as seen:
                 if taps:
                     self._encoder(input_ids=tokens)
@@ -233,7 +237,8 @@ class StableDiffusion(Interventions, TokenReads):
 
     def _module(self, site: EditSite) -> Any:
         if site.component == UNET:
-            return cross_attention_layer(getattr(self.model.pipeline, UNET, None) or nn.Module(), site)
+            unet = getattr(self.model.pipeline, UNET, None) or nn.Module()
+            return (linear_layer if site.role in LINEAR_ROLES else cross_attention_layer)(unet, site)
         layer: Any = self._layer(site)
         prefix = f"{_PREFIX}.{site.layer}."
         known = {f"{prefix}self_attn.out_proj": layer.self_attn.out_proj, f"{prefix}mlp.fc2": layer.mlp.fc2}

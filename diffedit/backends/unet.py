@@ -15,25 +15,27 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffedit.backends.hooks import Record
+from diffedit.backends.precision import widened
 from diffedit.errors import UnsupportedModelError
 from diffedit.site import EditSite, Role
 
 UNET = "unet"
 
-_PARTS = ("down_blocks", "mid_block", "up_blocks")  # the order of the forward pass, not that of registration
+UNET_PARTS = ("down_blocks", "mid_block", "up_blocks")  # the order of the forward pass, not that of registration
 _BLOCK = "attn2"
 _LAYERS = {"to_k": Role.UNET_CROSS_ATTN_K, "to_v": Role.UNET_CROSS_ATTN_V}
-_PATH = re.compile(rf"(?:{'|'.join(_PARTS)})\.[a-z0-9_.]+\.{_BLOCK}\.(?:{'|'.join(_LAYERS)})")
+_PATH = re.compile(rf"(?:{'|'.join(UNET_PARTS)})\.[a-z0-9_.]+\.{_BLOCK}\.(?:{'|'.join(_LAYERS)})")
 
 
 def cross_attention_sites(unet: Any) -> tuple[EditSite, ...]:
     """Key and value projections of every cross-attention block, in the order of the forward pass; () without a UNet."""
     blocks = [
         (name, module)
-        for part in _PARTS
+        for part in UNET_PARTS
         if isinstance(getattr(unet, part, None), nn.Module)
         for name, module in getattr(unet, part).named_modules(prefix=part)
         if name.endswith(f".{_BLOCK}") and all(hasattr(module, layer) for layer in _LAYERS)
@@ -74,7 +76,8 @@ def record_cross_attention(unet: Any, sites: Iterable[EditSite], hidden: Tensor,
     for site in sites:
         layer = cross_attention_layer(unet, site)
         weight = getattr(layer, "base_layer", layer).weight
-        inputs = hidden.to(device=weight.device, dtype=weight.dtype)
-        outputs = layer(inputs).detach()
+        inputs = hidden.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        with widened(layer):
+            outputs = layer(inputs).detach()
         seen.inputs[site], seen.outputs[site] = inputs, outputs
         seen.streams[site] = outputs.new_zeros(()).expand(outputs.shape)

@@ -30,13 +30,13 @@ from pydantic import Field
 from torch import Tensor
 
 from diffedit.delta import Delta, Diagnostics, LowRank
-from diffedit.errors import NoOpError, RequestError, UnsupportedModelError
+from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.moments import constrained_factors
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role, TokenRule
 from diffedit.updaters.everyday import captions, second_moment
-from diffedit.updaters.steering import Descent, Steering
+from diffedit.updaters.steering import Descent, Steering, check_one_encoder
 
 logger = logging.getLogger("diffedit")
 
@@ -94,11 +94,7 @@ class ReFACT(Updater):
                 hint="use the locator text-mlp",
             )
         (site,) = location.sites
-        encoders = sorted({other.component for other in backend.sites(Role.TEXT_MLP_OUT)})
-        if len(encoders) > 1:
-            raise UnsupportedModelError(
-                "refact edits models with one text encoder", value=", ".join(encoders), hint="use quickfix"
-            )
+        check_one_encoder(backend, self.name)
         steering = Steering(backend, site)
         found = [self._demand(backend, steering, site, request, name) for request in requests for name in request.names]
         keys, deltas = torch.stack([key for key, _ in found]), torch.stack([delta for _, delta in found])
@@ -122,31 +118,19 @@ class ReFACT(Updater):
         self, backend: Backend, steering: Steering, site: EditSite, request: Request, name: str
     ) -> tuple[Tensor, Tensor]:
         """One name's key [d_in] and delta [d_out], float64."""
-        if request.target is None:
-            raise RequestError("the request has no target yet", value=repr(request.subject))
-        sources, goals = request.render(name), request.render(request.target)
-        prompts = [prompt for prompt, _ in sources]
-        positions = [span.last for span in backend.spans([(prompt, name, at) for prompt, at in sources])]
-        wanted = steering.summaries([prompt for prompt, _ in goals])
-        present = steering.summaries(prompts)
-        if float((wanted - present).norm()) <= 1e-6 * float(present.norm()):
-            raise NoOpError(
-                "the edit asks the text encoder for what it already says",
-                value=repr(f"{name} -> {request.target}"),
-                hint="choose another target",
-            )
+        fact = steering.fact(request, name)
         how = Descent(self.steps, self.learning_rate, self.decay, self.clamp, self.temperature, self.enough)
         others = self._negatives(request)
-        far = steering.summaries(others) if others else wanted[:0]
-        search = steering.find(prompts, positions, wanted, far, how)
+        far = steering.summaries(others) if others else fact.wanted[:0]
+        search = steering.find(fact.prompts, fact.positions, fact.wanted, far, how)
         if search.after < _LIKELY:
             logger.warning(
                 "refact: after %d steps %r means %r with probability %.2g only (%.2g before); "
                 "try another layer (locator text-mlp), more steps or a larger clamp",
-                *(search.steps, name, request.target, search.after, search.before),
+                *(search.steps, name, fact.target, search.after, search.before),
             )
-        inputs = backend.capture(prompts, [site]).inputs[site].double()
-        key = torch.stack([inputs[row, position] for row, position in enumerate(positions)]).mean(0)
+        inputs = backend.capture(fact.prompts, [site]).inputs[site].double()
+        key = torch.stack([inputs[row, position] for row, position in enumerate(fact.positions)]).mean(0)
         return key, search.delta * request.strength
 
     def _negatives(self, request: Request) -> list[str]:

@@ -1,13 +1,17 @@
-"""Which output of one layer would make the subject's prompt mean the target: found by gradients, on no weight.
+"""Which output of one layer would make the subject's prompts mean the target: found by gradients, on no weight.
 
 The layer's output at the subject's token is moved by one vector delta, the same in all prompts of the subject, and the
-text encoder runs on from there. Its summary of the prompt, E (the end-of-text state, projected where the encoder has a
-projection), is compared with the frozen summaries of the target g_i and of everything it must not become:
+text encoder runs on from there. What it then makes of each prompt i, its states and their summary E_i (the end-of-text
+state, projected where the encoder has a projection), an *aim* turns into a loss:
 
-    p_i = softmax(-|E_i - g_i| / tau, -|E_i - n_1| / tau, ...)[0],        loss = -mean_i log p_i + decay |delta| / |v|^2
+    delta = argmin aim(E_1, E_2, ...) + decay |delta| / |v|^2        with |delta| <= clamp |v|
 
-with v the layer's present output, |.| the Euclidean norm, the subject's own meaning always among the n_j, and
-|delta| <= clamp |v|. Adam; stops once the mean of p_i passes `enough`.
+with v what is there now, |.| the Euclidean norm. Adam; stops once the aim says that it is near `enough`. The aim of
+ReFACT is here, a contrast with the frozen summaries of the target g_i and of everything it must not become:
+
+    p_i = softmax(-|E_i - g_i| / tau, -|E_i - n_1| / tau, ...)[0],        aim = -mean_i log p_i
+
+with the subject's own meaning always among the n_j. The aim of EMCID is in `emcid`.
 
 Source: Arad et al. 2024 (ReFACT, arXiv 2306.00738), text contrast with the l2 distance. Differs: encoders without a
 projection (Stable Diffusion 1.x and 2.x ship none) are read at the unprojected end-of-text state; tau is a setting;
@@ -16,7 +20,7 @@ with several prompts of the subject each has its own target prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffedit.errors import NonFiniteError, UnsupportedModelError
+from diffedit.errors import NonFiniteError, NoOpError, RequestError, UnsupportedModelError
 from diffedit.interfaces import Backend
-from diffedit.site import EditSite
+from diffedit.request import Request
+from diffedit.site import EditSite, Role
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,16 @@ class Descent:
         learning_rate: of Adam.
         decay: larger keeps delta small.
         clamp: largest |delta| in units of |v|.
-        temperature: tau.
-        enough: mean probability of the target at which to stop.
+        temperature: tau, of the contrast.
+        enough: how near the aim to stop; 1 is never passed.
     """
 
     steps: int
     learning_rate: float
     decay: float
     clamp: float
-    temperature: float
-    enough: float
+    temperature: float = 1.0
+    enough: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +61,7 @@ class Steered:
 
     Attributes:
         delta: [d_out], float64.
-        before: mean probability of the target without it.
+        before: how near the aim the prompts are without it; for the contrast the mean probability of the target.
         after: with it.
         steps: taken.
     """
@@ -67,86 +72,190 @@ class Steered:
     steps: int
 
 
+@dataclass(frozen=True, eq=False)
+class Understood:
+    """What the encoder makes of b prompts.
+
+    Attributes:
+        summaries: [b, d], float32.
+        states: [b, t, d], what the image model conditions on.
+    """
+
+    summaries: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """One name of a subject that is to mean something else.
+
+    Attributes:
+        name: the subject's name or an alias.
+        target: what it is to mean.
+        prompts: b prompts with the name.
+        positions: of the name's last token in each.
+        goals: the same prompts with the target.
+        wanted: [b, d], summaries of the goals.
+        present: [b, d], summaries of the prompts.
+    """
+
+    name: str
+    target: str
+    prompts: tuple[str, ...]
+    positions: tuple[int, ...]
+    goals: tuple[str, ...]
+    wanted: Tensor
+    present: Tensor
+
+
+Aim = Callable[[Understood], tuple[Tensor, float]]
+"""Loss (a scalar), and how near it is: 1 is there."""
+
+
+def layer_of(backend: Backend, site: EditSite) -> nn.Module:
+    """The one module of the site's component that holds its weight.
+
+    Raises:
+        UnsupportedModelError: there is none, or several.
+    """
+    component: Any = getattr(backend.model.pipeline, site.component, None)
+    weight = backend.weight(site)
+    owners: list[nn.Module] = (
+        [m for m in component.modules() if getattr(m, "weight", None) is weight] if component else []
+    )
+    if len(owners) != 1:
+        cause = "no single module of the pipeline holds its weight"
+        raise UnsupportedModelError("the layer cannot be steered", value=site.name, cause=cause)
+    return owners[0]
+
+
+def check_one_encoder(backend: Backend, updater: str) -> None:
+    """Refuse a model with several text encoders, of which none alone says what a prompt means.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    encoders = sorted({site.component for site in backend.sites(Role.TEXT_MLP_OUT)})
+    if len(encoders) > 1:
+        said = f"{updater} edits models with one text encoder"
+        raise UnsupportedModelError(said, value=", ".join(encoders), hint="use quickfix")
+
+
 class Steering:
     """One layer of one component, whose output can be moved while the component runs.
 
     Args:
         backend: the model.
         site: a layer of a text encoder.
+        padded: run all positions up to the model's length, as the image model reads them, not only those that count.
 
     Raises:
         UnsupportedModelError: the component is not a text encoder that can be run on its own.
     """
 
-    def __init__(self, backend: Backend, site: EditSite) -> None:
-        component: Any = getattr(backend.model.pipeline, site.component, None)
-        weight = backend.weight(site)
-        owners = [m for m in component.modules() if getattr(m, "weight", None) is weight] if component else []
-        if len(owners) != 1:
-            cause = "no single module of the pipeline holds its weight"
-            raise UnsupportedModelError("the layer cannot be steered", value=site.name, cause=cause)
-        self._component, self._layer, self._backend, self._site = component, owners[0], backend, site
+    def __init__(self, backend: Backend, site: EditSite, *, padded: bool = False) -> None:
+        self._layer: Any = layer_of(backend, site)
+        self._component: Any = getattr(backend.model.pipeline, site.component)
+        self._backend, self._site, self._padded = backend, site, padded
 
     def summaries(self, prompts: Sequence[str]) -> Tensor:
         """[b, d] float32, E of each prompt."""
         with self._ready(), torch.no_grad():
-            return self._run(self._tokens(prompts))
+            return self._run(self._tokens(prompts)).summaries
+
+    def fact(self, request: Request, name: str) -> Fact:
+        """What a request asks about one of its names.
+
+        Raises:
+            RequestError: the request has no target.
+            NoOpError: name and target mean the same to the encoder already.
+        """
+        if request.target is None:
+            raise RequestError("the request has no target yet", value=repr(request.subject))
+        sources = request.render(name)
+        prompts = tuple(prompt for prompt, _ in sources)
+        goals = tuple(prompt for prompt, _ in request.render(request.target))
+        positions = tuple(span.last for span in self._backend.spans([(text, name, at) for text, at in sources]))
+        wanted, present = self.summaries(goals), self.summaries(prompts)
+        if float((wanted - present).norm()) <= 1e-6 * float(present.norm()):
+            raise NoOpError(
+                "the edit asks the text encoder for what it already says",
+                value=repr(f"{name} -> {request.target}"),
+                hint="choose another target",
+            )
+        return Fact(name, request.target, prompts, positions, goals, wanted, present)
 
     def find(
         self, prompts: Sequence[str], positions: Sequence[int], goals: Tensor, others: Tensor, how: Descent
     ) -> Steered:
-        """The delta that makes the prompts mean their goals.
+        """The delta that makes the prompts mean their goals and none of the others: `descend` with the contrast.
 
         Args:
             prompts: b prompts with the subject in them.
             positions: the subject's token in each.
             goals: [b, d], the summary that each should have.
             others: [m, d], summaries that none should have; the prompts' own are added.
+            how: the search; v is the layer's output.
+        """
+        own = self.summaries(prompts)
+        others = torch.cat([own, others.to(own)])
+        rows = torch.arange(len(prompts), device=own.device)
+        outputs = self._backend.capture(prompts, [self._site]).outputs[self._site]
+        size = float(outputs[rows, torch.tensor(positions, device=own.device)].float().norm(dim=1).mean())
+
+        def aim(seen: Understood) -> tuple[Tensor, float]:
+            near = -(seen.summaries - goals.to(seen.summaries)).norm(dim=1, keepdim=True) / how.temperature
+            far = -torch.cdist(seen.summaries[None], others[None])[0] / how.temperature
+            logs = torch.log_softmax(torch.cat([near, far], 1), 1)[:, 0]
+            return -logs.mean(), float(logs.detach().exp().mean())
+
+        return self.descend(prompts, positions, aim, size, how)
+
+    def descend(self, prompts: Sequence[str], positions: Sequence[int], aim: Aim, size: float, how: Descent) -> Steered:
+        """The delta that brings the prompts nearest to an aim; see the module's text.
+
+        Args:
+            prompts: b prompts with the subject in them.
+            positions: the subject's token in each.
+            aim: what is minimised, given what the encoder makes of the moved prompts.
+            size: |v|, in whose units decay and clamp are.
             how: the search.
+
+        Raises:
+            NonFiniteError: it left the numbers.
         """
         tokens = self._tokens(prompts)
         rows = torch.arange(len(prompts), device=tokens.device)
         at = torch.tensor(positions, device=tokens.device)
         with self._ready():
-            with torch.no_grad():
-                own, outputs = self._run(tokens), self._backend.capture(prompts, [self._site]).outputs[self._site]
-            size = float(outputs[rows, at].float().norm(dim=1).mean())
-            others = torch.cat([own, others.to(own)])
-            delta = torch.zeros(self._site.d_out, device=own.device, requires_grad=True)
+            delta = torch.zeros(self._site.d_out, device=tokens.device, requires_grad=True)
             adam = torch.optim.Adam([delta], lr=how.learning_rate)
-
-            def chance() -> Tensor:
-                found = self._run(tokens, rows, at, delta)
-                near = -(found - goals.to(found)).norm(dim=1, keepdim=True) / how.temperature
-                far = -torch.cdist(found[None], others[None])[0] / how.temperature
-                return torch.log_softmax(torch.cat([near, far], 1), 1)[:, 0]
-
             with torch.no_grad():
-                before = float(chance().exp().mean())
+                before = aim(self._run(tokens))[1]
             steps = 0
             with torch.enable_grad():
                 for _ in range(how.steps):
-                    logs = chance()
-                    if float(logs.detach().exp().mean()) > how.enough:
+                    loss, near = aim(self._run(tokens, rows, at, delta))
+                    if near > how.enough:
                         break
-                    loss = -logs.mean() + how.decay * delta.norm() / size**2
+                    loss = loss + how.decay * delta.norm() / size**2
                     (delta.grad,) = torch.autograd.grad(loss, [delta])
                     adam.step()
                     with torch.no_grad():
                         delta *= min(1.0, how.clamp * size / max(float(delta.norm()), 1e-30))
                     steps += 1
             with torch.no_grad():
-                after = float(chance().exp().mean())
+                after = aim(self._run(tokens, rows, at, delta))[1]
         if not bool(torch.isfinite(delta).all()):
             raise NonFiniteError(f"the search at {self._site.name} left the numbers", hint="lower the learning rate")
         return Steered(delta.detach().double(), before, after, steps)
 
     def _tokens(self, prompts: Sequence[str]) -> Tensor:
-        return self._backend.capture(prompts, [self._site]).tokens
+        return self._backend.capture(prompts, [self._site], padded=self._padded).tokens
 
     def _run(
         self, tokens: Tensor, rows: Tensor | None = None, at: Tensor | None = None, delta: Tensor | None = None
-    ) -> Tensor:
+    ) -> Understood:
         def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if delta is None or rows is None or at is None:
                 return output
@@ -160,7 +269,7 @@ class Steering:
             handle.remove()
         projected = getattr(out, "text_embeds", None)
         summary: Tensor = out.pooler_output if projected is None else projected
-        return summary.float()
+        return Understood(summary.float(), out.last_hidden_state)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:

@@ -25,8 +25,10 @@ BUILT_IN = registry.BUILT_IN
 SHORT = {"steps": 2, "evaluations": 1, "batch_size": 2}
 QUICK = {
     "esd": {**SHORT, "sampling_steps": 2},
+    "esd-u": {**SHORT, "sampling_steps": 2},
     "concept-ablation": {**SHORT, "sampling_steps": 2, "anchors": 2},
     "finetune-text-encoder": SHORT,
+    "emcid": {"steps": 2, "captions": 20, "pictures": 2, "sampling_steps": 2},
 }
 
 

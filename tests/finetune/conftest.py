@@ -14,6 +14,7 @@ SMALL = {"steps": 6, "evaluations": 1, "evaluate_every": 2, "learning_rate": 5e-
 METHODS = {
     "esd": ("esd", {"sampling_steps": 3, "negative_guidance": 3.0, "batch_size": 2}),
     "esd, paper's trajectory": ("esd", {"sampling_steps": 3, "negative_guidance": 3.0, "trajectory": "trained"}),
+    "esd-u": ("esd-u", {"sampling_steps": 3, "negative_guidance": 3.0, "batch_size": 2, "learning_rate": 2e-4}),
     "concept ablation": ("concept-ablation", {"sampling_steps": 3, "anchors": 3, "batch_size": 2}),
     "text encoder, embedding": ("finetune-text-encoder", {"batch_size": 4, "learning_rate": 3e-4}),
     "text encoder, noise": ("finetune-text-encoder", {"loss": "noise", "sampling_steps": 3, "anchors": 3}),
@@ -21,7 +22,7 @@ METHODS = {
 
 
 # What a few steps leave of each loss, at most. Random weights give ESD little to steer away from.
-LEFT = dict(zip(METHODS, (0.98, 0.98, 0.6, 0.9, 0.5), strict=True))
+LEFT = dict(zip(METHODS, (0.98, 0.98, 0.98, 0.6, 0.9, 0.5), strict=True))
 
 
 def configure(method: str, **settings):

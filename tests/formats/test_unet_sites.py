@@ -11,6 +11,7 @@ import torch
 from diffedit import Editor
 from diffedit.backends.loading import load_model
 from diffedit.backends.stable_diffusion import SD1
+from diffedit.backends.unet_linear import LINEAR_ROLES
 from diffedit.errors import UnsupportedModelError, UnsupportedTensorError
 from diffedit.locators.fixed import FixedLocator
 from diffedit.site import EditSite, Role
@@ -51,7 +52,8 @@ def test_sites_come_in_the_order_of_the_forward_pass(pipeline):
 def test_without_roles_there_are_the_text_encoders_sites_alone(pipeline):
     backend = Editor(pipeline).backend
     assert {site.component for site in backend.sites()} == {"text_encoder"}
-    assert backend.sites(*Role) == (*backend.sites(), *backend.sites(KEY, VALUE))
+    linear = backend.sites(*LINEAR_ROLES)
+    assert backend.sites(*Role) == (*backend.sites(), *backend.sites(KEY, VALUE), *linear)
 
 
 def test_capture_is_what_the_pipeline_feeds_the_layers(tokenizer_folder, family):

@@ -7,8 +7,10 @@ and no target are needed; the concept's prompts come to mean "not that", which i
 
 Source: Gandikota et al. 2023 (arXiv 2303.07345). Settings follow the authors' current code (200 steps, learning rate
     5e-5, 50 sampling steps, guidance 3); its negative guidance of 2 counts from eps*(x_t, c) and is eta = 1 here.
-Variant: the trained weights are keys and values of the UNet's cross-attention, which the authors call ESD-x (strict).
-    ESD-u trains everything outside cross-attention, for which there are no edit sites: diffedit has no ESD-u.
+Variants: `esd` trains keys and values of the UNet's cross-attention, which the authors call ESD-x (strict): the concept
+    goes where its words stand. `esd-u` trains what is not cross-attention: it goes whatever the prompt says, and others
+    go with it more easily. Of these layers it trains the linear ones (`backends.unet_linear`), which hold 27% of the
+    parameters that the paper's ESD-u trains in Stable Diffusion 1.x; convolutions stay as they are.
 Differs: float32 instead of bfloat16; the request's templates instead of the bare name. For models that predict
     velocity the same formula is used on it; its weights sum to 1, so that only scales the loss by a factor of t.
 """
@@ -61,11 +63,25 @@ class ESD(FineTune):
         for request in requests:
             if request.action != "ablate":
                 raise RequestError(
-                    "esd erases and cannot give another meaning",
+                    f"{self.name} erases and cannot give another meaning",
                     value=repr(request.subject),
                     hint="use concept-ablation, finetune-text-encoder or a closed-form updater",
                 )
         return _Away(self, backend, requests, room)
+
+
+class ESDUnconditional(ESD):
+    """Erased Stable Diffusion, on the UNet's linear layers outside of cross-attention; settings as for `ESD`."""
+
+    name = "esd-u"
+    reference = "Gandikota et al. 2023, arXiv 2303.07345, ESD-u on linear layers, without convolutions"
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role.UNET_SELF_ATTN,
+        Role.UNET_FEED_FORWARD,
+        Role.UNET_TIME,
+        Role.UNET_PROJECTION,
+    )
+    locator: ClassVar[str] = "unet-unconditional"
 
 
 class _Away(NoiseObjective):

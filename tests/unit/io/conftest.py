@@ -19,6 +19,12 @@ from diffedit.site import EditSite, Role, TokenRule
 
 PATHS = {Role.TEXT_SELF_ATTN_OUT: "self_attn.out_proj", Role.TEXT_MLP_OUT: "mlp.fc2"}
 CROSS = {Role.UNET_CROSS_ATTN_K: "to_k", Role.UNET_CROSS_ATTN_V: "to_v"}
+UNET = {
+    Role.UNET_SELF_ATTN: "attentions.0.transformer_blocks.0.attn1.to_q",
+    Role.UNET_FEED_FORWARD: "attentions.0.transformer_blocks.0.ff.net.2",
+    Role.UNET_TIME: "resnets.0.time_emb_proj",
+    Role.UNET_PROJECTION: "attentions.0.proj_in",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +39,8 @@ def site(layer: int, role: Role, d_out: int, d_in: int, component: str = "text_e
     if role in CROSS:
         path = f"down_blocks.{layer}.attentions.0.transformer_blocks.0.attn2.{CROSS[role]}"
         return EditSite("unet", path, layer, role, d_out, d_in)
+    if role in UNET:
+        return EditSite("unet", f"down_blocks.{layer}.{UNET[role]}", layer, role, d_out, d_in)
     return EditSite(component, f"text_model.encoder.layers.{layer}.{PATHS[role]}", layer, role, d_out, d_in)
 
 
