@@ -19,17 +19,16 @@ from diffedit.algebra import Conflict
 from diffedit.delta import Delta
 from diffedit.errors import NotAppliedError, RequestError, StorageError
 from diffedit.io.adapters import Exported, Layout, export_adapters
-from diffedit.io.card import model_card
-from diffedit.io.files import delta_to_tensors, encode_edit
+from diffedit.io.edit_folder import edit_files, read_folder
 from diffedit.io.folder import write_folder
 from diffedit.io.hub import pull
 from diffedit.io.hub_calls import Patience
 from diffedit.io.hub_push import Pushed, push
-from diffedit.io.lora import kohya_file, peft_files
 from diffedit.io.manifest import Manifest
+from diffedit.io.measured import Measured
 from diffedit.io.names import hub_id
-from diffedit.io.pairs import PAIRS_FILE, pairs_file, read_folder
 from diffedit.request import Request
+from diffedit.summary import summary
 
 if TYPE_CHECKING:
     from diffedit.ledger import Ledger
@@ -46,15 +45,20 @@ class Edit:
     Args:
         manifest: everything about it but the numbers.
         delta: the change, float32 factors.
+        measured: what was measured about it, if anything was.
 
     Attributes:
+        measured: saved and pushed with it and shown in its card, but no part of its identity; `record` sets it.
+        notes: what was noted while it was made, such as names that were not edited with a subject; not saved.
         origin: where on the Hub it was pulled from or pushed to last, "user/name@commit"; no part of its identity.
     """
 
-    def __init__(self, manifest: Manifest, delta: Delta) -> None:
+    def __init__(self, manifest: Manifest, delta: Delta, measured: Measured | None = None) -> None:
         self.manifest = manifest
         self.delta = delta
+        self.notes: tuple[str, ...] = ()
         self.origin: str | None = None
+        self.measured = measured
         self._ledger: Ledger | None = None
 
     @property
@@ -74,9 +78,24 @@ class Edit:
 
     def copy(self) -> Edit:
         """The same edit, in no model."""
-        other = Edit(self.manifest, self.delta)
-        other.origin = self.origin
+        other = Edit(self.manifest, self.delta, self.measured)
+        other.notes, other.origin = self.notes, self.origin
         return other
+
+    def record(self, measured: Measured | None) -> None:
+        """Keep what was measured about the edit, in place of what was known; `None` forgets it.
+
+        Args:
+            measured: such as `Evaluation.measured()` of an evaluation of this edit.
+
+        Raises:
+            RequestError: it is about another edit: one that was composed or scaled since is not the one measured.
+        """
+        if measured is not None and measured.edit_id != self.id:
+            raise RequestError(
+                "the measurements are about another edit", value=measured.edit_id[:12], hint="measure this one"
+            )
+        self.measured = measured
 
     def bind(self, ledger: Ledger) -> None:
         """Tie the edit to the ledger of the model it is in; editors call this."""
@@ -127,16 +146,8 @@ class Edit:
         return export_adapters(self.delta, self.manifest, Path(os.path.expanduser(path)), dtype, layout)
 
     def files(self) -> dict[str, bytes]:
-        """The folder's files in memory, by name; the same edit gives the same bytes."""
-        out = {
-            EDIT_FILE: encode_edit(self.manifest, delta_to_tensors(self.delta)),
-            LORA_FILE: kohya_file(self.delta, self.manifest),
-            **peft_files(self.delta, self.manifest),
-        }
-        if self.delta.pairs:
-            out[PAIRS_FILE] = pairs_file(self.delta.pairs, self.manifest)
-        sizes = {name: len(data) for name, data in out.items()}
-        return {**out, "README.md": model_card(self.manifest, sizes).encode("utf-8")}
+        """The folder's files in memory, by name; the same edit with the same measurements gives the same bytes."""
+        return edit_files(self.manifest, self.delta, self.measured)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -259,21 +270,8 @@ class Edit:
         return algebra.conflicts((self.manifest, self.delta), (other.manifest, other.delta), threshold)
 
     def summary(self) -> str:
-        """A few lines for a person: what became what, where, how large."""
-        lines = [
-            f"{request.action} {request.subject!r} -> {request.target!r} ({reason})"
-            for request, reason in zip(self.requests, self.manifest.target_reasons, strict=True)
-        ]
-        lines += [
-            f"  {site.component}.{site.path}: rank {site.rank}, relative norm {site.relative_norm:.3f}, "
-            + (
-                f"{site.achieved:.1%} of the change kept in {site.dtype}"
-                if site.achieved is not None
-                else "not applied yet"
-            )
-            for site in self.manifest.sites
-        ]
-        return "\n".join(lines)
+        """A few lines for a person: what became what, other names and where they come from, where, how large."""
+        return summary(self.manifest)
 
     def __repr__(self) -> str:
         subjects = ", ".join(f"{request.subject!r} -> {request.target!r}" for request in self.requests)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffedit import registry
+from diffedit.aliases import Expand
 from diffedit.backends.deferred import complete
 from diffedit.edit import Edit
 from diffedit.errors import NotAppliedError
@@ -22,9 +23,9 @@ from diffedit.interfaces import Backend, Locator, Updater, Vocabulary
 from diffedit.ledger import Ledger, Trial
 from diffedit.plan import Plan
 from diffedit.planning import make_plan
-from diffedit.preparing import check_sampling, choose_backend, choose_plugins, make_requests, pair_up, prepare
+from diffedit.preparing import choose_backend, choose_plugins, choose_sampling, make_requests, pair_up, prepare
 from diffedit.provenance import check_base, describe
-from diffedit.request import Kind, Request
+from diffedit.request import Action, Kind, Request
 from diffedit.site import EditSite
 from diffedit.targets import Completer
 from diffedit.tracing.result import CausalTrace
@@ -95,6 +96,7 @@ class Editor:
         locator: str | Locator | None = None,
         preserve: Sequence[str] | None = None,
         aliases: Sequence[str] = (),
+        expand: Expand = "none",
         templates: Sequence[str] = (),
         seed: int = 0,
     ) -> Edit:
@@ -109,6 +111,8 @@ class Editor:
             preserve: concepts whose outputs must stay; default: all others that the model's vocabulary lists, if it has
                 one. An empty list preserves nothing.
             aliases: other names of the subject (one subject only).
+            expand: other names to find by rule for each subject: "forms" (plural, hyphens, ...) or "all", with
+                misspellings; see `diffedit.aliases`. `Edit.summary` lists them, `Edit.notes` what was left out.
             templates: prompts around the subject, with one "{}" each; default: a broad set.
             seed: for updaters and locators that draw random numbers.
 
@@ -116,8 +120,7 @@ class Editor:
             The edit, already in the model.
         """
         said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
-        requests, change = make_requests(self._complete, "ablate", subject, updater, **said, seed=seed)
-        return self.run(requests, updater=change, locator=locator)
+        return self._make("ablate", subject, updater, locator, **said, expand=expand, seed=seed)
 
     def update(
         self,
@@ -129,13 +132,13 @@ class Editor:
         locator: str | Locator | None = None,
         preserve: Sequence[str] | None = None,
         aliases: Sequence[str] = (),
+        expand: Expand = "none",
         templates: Sequence[str] = (),
         seed: int = 0,
     ) -> Edit:
         """Give a concept another meaning ("flag of X" -> "flag of Y"); arguments as for `ablate`."""
         said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
-        requests, change = make_requests(self._complete, "update", [subject], updater, **said, seed=seed)
-        return self.run(requests, updater=change, locator=locator)
+        return self._make("update", [subject], updater, locator, **said, expand=expand, seed=seed)
 
     def plan(
         self,
@@ -147,6 +150,7 @@ class Editor:
         locator: str | Locator | None = None,
         preserve: Sequence[str] | None = None,
         aliases: Sequence[str] = (),
+        expand: Expand = "none",
         templates: Sequence[str] = (),
         seed: int = 0,
     ) -> Plan:
@@ -160,9 +164,11 @@ class Editor:
             DiffEditError: what `ablate` would raise, as far as the part that is done shows it.
         """
         said: Any = {"target": target, "kind": kind, "preserve": preserve, "aliases": aliases, "templates": templates}
-        requests, change = make_requests(self._complete, "ablate", subject, updater, **said, seed=seed)
+        said |= {"expand": expand, "seed": seed}
+        requests, change, notes = make_requests(self._complete, "ablate", subject, updater, **said)
         chosen = choose_plugins(requests, change, locator)
-        return make_plan(self.backend, self.ledger, self._complete, requests, *chosen)
+        plan = make_plan(self.backend, self.ledger, self._complete, requests, *chosen)
+        return plan.model_copy(update={"notes": (*plan.notes, *notes)})
 
     def run(
         self, requests: Sequence[Request], *, updater: str | Updater = "quickfix", locator: str | Locator | None = None
@@ -263,11 +269,8 @@ class Editor:
         batch_size: int = 16,
     ) -> list[Image]:
         """One picture per (prompt, seed) pair; arguments as for `generate`."""
-        sampling = self.backend.model.sampling
-        steps = sampling.steps if steps is None else steps
-        guidance = sampling.guidance if guidance is None else guidance
-        check_sampling(pairs, steps, batch_size)
-        return self.backend.generate(pairs, steps=steps, guidance=guidance, batch_size=batch_size)
+        chosen = choose_sampling(self.backend.model.sampling, pairs, steps, guidance, batch_size)
+        return self.backend.generate(pairs, **chosen)
 
     def save_pipeline(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the whole model with its active edits merged in, as a folder that stock diffusers loads.
@@ -279,6 +282,14 @@ class Editor:
             StorageError: the file system refused; nothing is left behind.
         """
         return self.backend.save(Path(path).expanduser(), overwrite=overwrite)
+
+    def _make(
+        self, action: Action, subject: Any, updater: str | Updater, locator: str | Locator | None, **said: Any
+    ) -> Edit:
+        requests, change, notes = make_requests(self._complete, action, subject, updater, **said)
+        edit = self.run(requests, updater=change, locator=locator)
+        edit.notes = tuple(notes)
+        return edit
 
     def _apply(self, edit: Edit, trial: Mapping[EditSite, Trial] | None = None) -> Edit:
         if edit.id not in self.ledger.active:

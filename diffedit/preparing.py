@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffedit import registry
+from diffedit.aliases import Expand
 from diffedit.backends.loading import load_model
 from diffedit.errors import RequestError, UnsupportedModelError
-from diffedit.interfaces import Backend, Locator, Updater
+from diffedit.interfaces import Backend, Locator, Sampling, Updater
 from diffedit.request import Action, Request
 from diffedit.site import Location
 from diffedit.targets import Completer
@@ -65,15 +66,16 @@ def choose_backend(model: Any, backend: str | None, **loading: Any) -> Backend:
 
 
 def make_requests(
-    completer: Completer, action: Action, subject: Any, updater: str | Updater, **said: Any
-) -> tuple[list[Request], Updater]:
-    """Requests for one subject or several in one solve, and the updater that they are for.
+    completer: Completer, action: Action, subject: Any, updater: str | Updater, *, expand: Expand = "none", **said: Any
+) -> tuple[list[Request], Updater, list[str]]:
+    """Requests for one subject or several in one solve, the updater that they are for, and notes about other names.
 
     Args:
         completer: of the model.
         action: what to do.
         subject: a name or a list of them.
         updater: name or object.
+        expand: which other names of each subject to add, see `diffedit.aliases`.
         said: `target`, `kind`, `preserve`, `aliases`, `templates` and `seed` as the user gave them.
 
     Raises:
@@ -86,8 +88,10 @@ def make_requests(
     if said["aliases"] and len(subjects) > 1:
         raise RequestError("aliases belong to one subject", value=subjects, hint="list them as subjects")
     change: Updater = registry.build("updaters", updater)
+    listed = said["preserve"] is not None
     said |= {"together": subjects, "preserves": change.preserves}
-    return [completer.request(name, action, **said) for name in subjects], change
+    requests, notes = completer.widen([completer.request(name, action, **said) for name in subjects], expand, listed)
+    return requests, change, notes
 
 
 def choose_plugins(
@@ -99,7 +103,7 @@ def choose_plugins(
         RequestError: a subject is given twice.
         UnknownNameError: no such updater or locator.
     """
-    subjects = [name.casefold() for request in requests for name in request.names]
+    subjects = [name for request in requests for name in {name.casefold() for name in request.names}]
     if len(set(subjects)) < len(subjects):
         twice = sorted({name for name in subjects if subjects.count(name) > 1})
         raise RequestError("a subject is given twice", value=", ".join(twice), hint="name each once")
@@ -139,13 +143,22 @@ def pair_up(prompts: Any, seeds: Any) -> list[tuple[Any, Any]]:
     return [(text, number) for text in texts for number in numbers]
 
 
-def check_sampling(pairs: Sequence[tuple[Any, Any]], steps: Any, batch_size: Any) -> None:
-    """Raise `RequestError` for what cannot be drawn."""
+def choose_sampling(
+    default: Sampling, pairs: Sequence[tuple[Any, Any]], steps: int | None, guidance: float | None, batch_size: int
+) -> dict[str, Any]:
+    """How to draw the pairs, as arguments of `Backend.generate`; what is `None` is as the model likes it.
+
+    Raises:
+        RequestError: they cannot be drawn so.
+    """
+    steps = default.steps if steps is None else steps
+    guidance = default.guidance if guidance is None else guidance
     for text, number in pairs:
         _check(text, str, "a prompt is text")
         _check(number, int, "a seed is a whole number")
     for value in (steps, batch_size):
         _check(value, int, "steps and batch size are whole numbers of at least 1", least=1)
+    return {"steps": steps, "guidance": guidance, "batch_size": batch_size}
 
 
 def _check(value: Any, kind: type, rule: str, least: int = 0) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffedit.errors import RequestError
+from diffedit.aliases import Expand, other_names, widen
+from diffedit.errors import DiffEditError, RequestError
 from diffedit.interfaces import Backend, Vocabulary
 from diffedit.request import OBJECT_TEMPLATES, STYLE_TEMPLATES, Action, Kind, Request, make_request
 from diffedit.text import noun, with_article
@@ -148,6 +149,7 @@ class Completer:
     """
 
     def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._vocabulary = backend.model.vocabulary
         self._chooser = TargetChooser(backend)
         self._together: tuple[Sequence[Any], frozenset[str]] | None = None
@@ -202,6 +204,26 @@ class Completer:
             self._together = together, frozenset(noun(name).casefold() for name in together if isinstance(name, str))
         known = default_preserve(kind, names, self._vocabulary)
         return tuple(name for name in known if name.casefold() not in self._together[1])
+
+    def widen(self, requests: Sequence[Request], how: Expand, listed: bool) -> tuple[list[Request], list[str]]:
+        """The requests with other names of their subjects, and what was left out; see `diffedit.aliases.widen`."""
+        known = (*self._vocabulary.objects, *self._vocabulary.styles)
+        general = (*general_nouns(), *self._vocabulary.nouns, *self._vocabulary.backgrounds)
+        wide, notes = widen(requests, how, listed=listed, known=known, general=general, tokens=self._tokens)
+        for request in wide:
+            if request.aliases:
+                logger.info("with %r: %s", request.subject, other_names(request))
+        for note in notes:
+            logger.info(note)
+        return wide, notes
+
+    def _tokens(self, name: str) -> Sequence[int]:
+        """The name's tokens in the model's tokenizer; none if they cannot be told."""
+        try:
+            span = self._backend.span(name, name, 0)
+        except DiffEditError:
+            return ()
+        return span.tokens[span.start : span.stop]
 
     def fill(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
         """The requests with every target chosen, and per request why that one."""

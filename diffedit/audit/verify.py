@@ -2,10 +2,11 @@
 
     verify("no-dog", "builtin:emoji").ok
 
-Without a base: every hash, the canonical form and the id of `edit.safetensors`; the pairs; adapters that hold the same
-change; texts that are those that diffedit writes; nothing missing and nothing more. With a base: the fingerprint of
-every edited weight, and that applying the edit to it gives, to the bit, the weights whose hash was recorded. Nothing is
-written, neither to files nor to the model. Hashes find changes, not forgers: sign the folder when that matters.
+Without a base: every hash, the canonical form and the id of `edit.safetensors`; the pairs; that measurements are about
+this edit; adapters that hold the same change; texts that are those that diffedit writes; nothing missing and nothing
+more. With a base: the fingerprint of every edited weight, and that applying the edit to it gives, to the bit, the
+weights whose hash was recorded. Nothing is written, neither to files nor to the model. Hashes find changes, not
+forgers: sign the folder when that matters.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from diffedit.audit.adapters import TOLERANCE, kohya_difference, peft_difference
 from diffedit.audit.base import check_against_base
 from diffedit.audit.checks import Check, attempt, failed
 from diffedit.delta import Delta
-from diffedit.edit import EDIT_FILE, Edit
+from diffedit.edit import Edit
 from diffedit.errors import DiffEditError, IntegrityError, MalformedArtifactError, RequestError, StorageError
 from diffedit.io.container import MAX_FILE
-from diffedit.io.files import decode_edit, read_bytes, tensors_to_delta
+from diffedit.io.files import EDIT_FILE, decode_edit, read_bytes, tensors_to_delta
 from diffedit.io.lora import KOHYA_FILE, PEFT_CONFIG, PEFT_FILE, PEFT_FOLDER
+from diffedit.io.measured import MEASURED_FILE, Measured, decode_measured
 from diffedit.io.pairs import PAIRS_FILE, decode_pairs
 from diffedit.io.strict import loads
 from diffedit.storage import read_regular
@@ -118,24 +120,43 @@ def verify(
 
 
 def _read(folder: Path) -> tuple[Edit | None, list[Check]]:
-    """The edit with its pairs, and the checks of both files."""
+    """The edit with what lies beside it, and the checks of these files."""
     try:
-        file, data, beside = read_bytes(folder, (PAIRS_FILE,))
+        file, data, beside = read_bytes(folder, (PAIRS_FILE, MEASURED_FILE))
         manifest, tensors = decode_edit(data, str(file))
         delta = tensors_to_delta(manifest, tensors)
     except DiffEditError as error:
         return None, [failed(EDIT_FILE, error)]
     detail = f"canonical form, {len(tensors)} tensor hashes, id {manifest.edit_id[:12]}"
     checks = [Check(name=EDIT_FILE, outcome="pass", detail=detail)]
-    if not manifest.pairs or PAIRS_FILE not in beside:
-        return Edit(manifest, delta), checks
-    try:
-        pairs = decode_pairs(beside[PAIRS_FILE], manifest, str(folder / PAIRS_FILE))
-    except DiffEditError as error:
-        return Edit(manifest, delta), [*checks, failed(PAIRS_FILE, error)]
-    count = sum(len(record.tensors) for record in manifest.pairs.values())
-    checks.append(Check(name=PAIRS_FILE, outcome="pass", detail=f"canonical form, {count} tensor hashes"))
-    return Edit(manifest, Delta(delta.factors, {}, pairs)), checks
+    measured = None
+    if manifest.pairs and PAIRS_FILE in beside:
+        try:
+            pairs = decode_pairs(beside[PAIRS_FILE], manifest, str(folder / PAIRS_FILE))
+        except DiffEditError as error:
+            checks.append(failed(PAIRS_FILE, error))
+        else:
+            count = sum(len(record.tensors) for record in manifest.pairs.values())
+            checks.append(Check(name=PAIRS_FILE, outcome="pass", detail=f"canonical form, {count} tensor hashes"))
+            delta = Delta(delta.factors, {}, pairs)
+    if MEASURED_FILE in beside:
+        try:
+            measured = _measured(beside[MEASURED_FILE], manifest.edit_id)
+        except DiffEditError as error:
+            checks.append(failed(MEASURED_FILE, error))
+        else:
+            detail = (
+                f"canonical form, {len(measured.metrics)} numbers about this edit; whether they are right is not known"
+            )
+            checks.append(Check(name=MEASURED_FILE, outcome="pass", detail=detail))
+    return Edit(manifest, delta, measured), checks
+
+
+def _measured(data: bytes, edit_id: str) -> Measured:
+    measured = decode_measured(data, MEASURED_FILE)
+    if measured.edit_id != edit_id:
+        raise IntegrityError(f"{MEASURED_FILE} is about another edit", value=measured.edit_id[:12], hint="delete it")
+    return measured
 
 
 def _files(folder: Path, edit: Edit) -> list[Check]:
@@ -147,7 +168,7 @@ def _files(folder: Path, edit: Edit) -> list[Check]:
         return [failed("files", error)]
     except OSError as error:
         return [Check(name="files", outcome="fail", detail=f"the folder cannot be listed: {error.strerror}")]
-    expected = {*wanted, *([PAIRS_FILE] if edit.manifest.pairs else [])}
+    expected = {*wanted, *([PAIRS_FILE] if edit.manifest.pairs else []), *({MEASURED_FILE} & found)}
     missing, more = sorted(expected - found), sorted(found - expected - BESIDE.keys())
     words = [f"missing: {', '.join(missing)}"] if missing else []
     words += [f"not part of the edit: {', '.join(ascii(name) for name in more[:5])}"] if more else []
@@ -160,7 +181,7 @@ def _files(folder: Path, edit: Edit) -> list[Check]:
             detail="; ".join([f"{len(expected & found)} of {len(expected)} files", *words]),
         )
     ]
-    present = [name for name in wanted if name in found and name not in (EDIT_FILE, PAIRS_FILE)]
+    present = [name for name in wanted if name in found and name not in (EDIT_FILE, PAIRS_FILE, MEASURED_FILE)]
     return [*checks, *(_derived(folder, name, edit, wanted) for name in present if not name.endswith(PEFT_CONFIG))]
 
 

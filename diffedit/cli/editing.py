@@ -12,7 +12,7 @@ from rich.console import Console
 
 from diffedit.cli import settings
 from diffedit.cli.describe import edit_payload, print_requests, print_rows, print_sites
-from diffedit.cli.options import ConceptKind, DtypeName
+from diffedit.cli.options import ConceptKind, DtypeName, Expansion
 from diffedit.cli.shell import Result, working
 from diffedit.cli.training import editing
 from diffedit.errors import OutputExistsError, RequestError, StorageError
@@ -37,7 +37,7 @@ class Job:
         subjects: one or more concepts.
         target: what they become, or `None` to choose.
         loading: `backend`, `device` and `dtype` for the model.
-        concept: `kind`, `aliases`, `preserve`, `templates` and `seed` of the request.
+        concept: `kind`, `aliases`, `expand`, `preserve`, `templates` and `seed` of the request.
         updater: registered name.
         locator: registered name, or `None` for the one that the updater is made for.
         pairs: the texts given with `--set`.
@@ -63,6 +63,7 @@ class Job:
 def concept_fields(
     kind: ConceptKind | None,
     alias: Sequence[str] | None,
+    expand: Expansion,
     preserve: Sequence[str] | None,
     template: Sequence[str] | None,
     seed: int,
@@ -71,6 +72,7 @@ def concept_fields(
     return {
         "kind": kind.value if kind else None,
         "aliases": tuple(alias or ()),
+        "expand": expand.value,
         "preserve": tuple(preserve) if preserve else None,
         "templates": tuple(template or ()),
         "seed": seed,
@@ -199,6 +201,7 @@ def _report(command: str, edit: Edit, folder: Path, picture: Path | None) -> Res
         "folder": str(folder),
         "files": files,
         "preview": str(picture) if picture else None,
+        "notes": list(edit.notes),
     }
 
     def render(console: Console) -> None:
@@ -207,6 +210,7 @@ def _report(command: str, edit: Edit, folder: Path, picture: Path | None) -> Res
         kept = edit_size(files)
         rows = [("saved", f"{folder}/ ({kept / 1024:.1f} KB in {len(files) - bool(picture)} files)")]
         rows += [("picture", str(picture))] if picture else []
+        rows += [("note", note) for note in edit.notes]
         rows += [
             ("load it", f"pipe.load_lora_weights({str(folder)!r})   # stock diffusers"),
             *(("", f"{call}   # stock PEFT") for call in _peft_calls(edit, folder)),

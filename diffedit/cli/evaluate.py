@@ -101,7 +101,7 @@ def evaluate(
         ),
     ] = Basis.POINT,
     write_card: Annotated[
-        bool, typer.Option("--write-card", help="Put the numbers into the README.md of the edit's folder.")
+        bool, typer.Option("--write-card", help="Keep the numbers in the edit's folder: measured.json and README.md.")
     ] = False,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -179,13 +179,15 @@ def _read(path: Path) -> tuple[str, ...]:
 
 
 def _write_card(edit: Edit, folder: Path, found: Evaluation) -> Path:
-    """The edit's card again, with what was measured."""
-    from diffedit.io.card import model_card
+    """The numbers into the edit's folder, and its card again with them."""
+    from diffedit.io.edit_folder import CARD_FILE
     from diffedit.io.folder import write_file
+    from diffedit.io.measured import MEASURED_FILE
 
-    sizes = {name: len(data) for name, data in edit.files().items() if name != "README.md"}
-    text = model_card(edit.manifest, sizes, metrics=found.metrics())
-    return write_file(folder / "README.md", text.encode("utf-8"), overwrite=True)
+    edit.record(found.measured())
+    files = edit.files()
+    write_file(folder / MEASURED_FILE, files[MEASURED_FILE], overwrite=True)
+    return write_file(folder / CARD_FILE, files[CARD_FILE], overwrite=True)
 
 
 @contextmanager

@@ -16,6 +16,14 @@ class ConceptKind(StrEnum):
     STYLE = "style"
 
 
+class Expansion(StrEnum):
+    """Values of `--expand`."""
+
+    NONE = "none"
+    FORMS = "forms"
+    ALL = "all"
+
+
 class DtypeName(StrEnum):
     """Values of `--dtype`."""
 
@@ -62,6 +70,10 @@ Kind = Annotated[
 Alias = Annotated[
     list[str] | None,
     typer.Option("--alias", metavar="NAME", help="Another name of the subject, edited with it. May be repeated."),
+]
+Expand = Annotated[
+    Expansion,
+    typer.Option("--expand", help="Other names to edit too: forms (plural, hyphens, ...), all (misspellings too)."),
 ]
 Preserve = Annotated[
     list[str] | None,

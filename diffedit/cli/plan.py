@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffedit.cli import options, settings
-from diffedit.cli.describe import print_requests, print_rows
+from diffedit.cli.describe import print_requests, print_rows, request_payload
 from diffedit.cli.editing import concept_fields, loading_fields, open_editor
 from diffedit.cli.shell import Result, working
 
@@ -28,6 +28,7 @@ def plan(
     ] = None,
     kind: options.Kind = None,
     alias: options.Alias = None,
+    expand: options.Expand = options.Expansion.NONE,
     preserve: options.Preserve = None,
     template: options.Template = None,
     random_seed: options.RandomSeed = 0,
@@ -51,7 +52,7 @@ def plan(
         method = settings.build("updaters", updater, for_updater)
         finder = settings.build("locators", locator or method.locator, for_locator)
     editor = open_editor(model, loading_fields(backend, device, dtype))
-    said = concept_fields(kind, alias, preserve, template, random_seed)
+    said = concept_fields(kind, alias, expand, preserve, template, random_seed)
     with working(f"Planning {', '.join(subject)[:80]}"):
         found = editor.plan(list(subject), target=target, updater=method, locator=finder, **said)
     payload = {"command": "plan", **found.model_dump(mode="json"), "bytes": found.bytes}
@@ -61,9 +62,8 @@ def plan(
 def _print(console: Console, found: Plan) -> None:
     from diffedit.plan import duration, size
 
-    requests = [request.model_dump(mode="json") for request in found.requests]
-    reasons = zip(requests, found.target_reasons, strict=True)
-    print_requests(console, {"requests": [{**request, "target_reason": reason} for request, reason in reasons]})
+    reasons = zip(found.requests, found.target_reasons, strict=True)
+    print_requests(console, {"requests": [request_payload(request, reason) for request, reason in reasons]})
     table = Table("edit site", "shape", "rank, expected", "at most")
     for column in table.columns[1:]:
         column.justify = "right"

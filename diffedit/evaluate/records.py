@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffedit.errors import MalformedArtifactError, RequestError, StorageError, UnsupportedVersionError, nearest
-from diffedit.io.card import Metric
+from diffedit.io.measured import Measured, Metric
 from diffedit.request import Action, Kind
 
 FORMAT_VERSION = "1.0"
@@ -234,6 +234,18 @@ class Evaluation(Frozen):
             )
             for found in self.findings
             if found.value is not None
+        )
+
+    def measured(self) -> Measured:
+        """The numbers as an edit keeps them: `edit.record(found.measured())`."""
+        return Measured(
+            edit_id=self.edit_id,
+            metrics=self.metrics(),
+            model=self.model,
+            weights=self.weights,
+            judge=self.scorer,
+            judge_digest=self.scorer_digest,
+            versions=self.versions,
         )
 
     def to_json(self) -> bytes:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from diffedit.io.files import EDIT_FILE
 from diffedit.io.lora import KOHYA_FILE, PEFT_FILE, PEFT_FOLDER
 from diffedit.io.manifest import Manifest
 from diffedit.io.markdown import Raw, escape, table
+from diffedit.io.measured import Metric
 from diffedit.io.names import hub_id, is_xl
 from diffedit.text import with_article
 
@@ -42,27 +42,6 @@ _LIMITS = """\
 - The base model and this edit together hold everything that the base model held: leaving the edit out, or subtracting
   it, undoes it.
 - Concepts that share words or looks with a subject may change as well. Compare pictures of the same seeds first."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One measured number for the card.
-
-    Attributes:
-        name: what was measured.
-        value: with the edit.
-        base: the same without the edit.
-        interval: the 95% interval of `value`.
-        n: how many pictures or prompts it is from.
-        how: the judge and the prompts, in a few words.
-    """
-
-    name: str
-    value: float
-    base: float | None = None
-    interval: tuple[float, float] | None = None
-    n: int | None = None
-    how: str = ""
 
 
 def model_card(

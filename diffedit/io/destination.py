@@ -18,7 +18,11 @@ EDIT_FOLDER_FILES = frozenset(
         "adapter_config.json",
         "adapter_model.safetensors",
         "before_after.png",
+        "measured.json",
+        "pairs.safetensors",
         "pytorch_lora_weights.safetensors",
+        "text_encoder_2/adapter_config.json",
+        "text_encoder_2/adapter_model.safetensors",
         "unet/adapter_config.json",
         "unet/adapter_model.safetensors",
     }

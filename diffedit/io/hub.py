@@ -1,9 +1,9 @@
 """An edit from the Hub: at one commit, only its own files, checked.
 
-The revision is resolved to a commit first. From that commit come the two files that `Edit.load` reads, each compared
-with the hash that the Hub lists, into huggingface_hub's cache:
+The revision is resolved to a commit first. From that commit come the files that `Edit.load` reads, each compared with
+the hash that the Hub lists, into huggingface_hub's cache:
 
-    <HF_HUB_CACHE>/models--user--name/snapshots/<commit>/edit.safetensors, pairs.safetensors
+    <HF_HUB_CACHE>/models--user--name/snapshots/<commit>/edit.safetensors, pairs.safetensors, measured.json
     <HF_HUB_CACHE>/models--user--name/refs/<branch or tag>                 the commit it stood for
 
 No other name in the repository is looked at, so none can lead anywhere. The files are written here and not by
@@ -30,6 +30,7 @@ from diffedit.io.files import EDIT_FILE
 from diffedit.io.hub_calls import Patience
 from diffedit.io.hub_client import COMMIT, Hub, Remote, checked_repo, checked_revision
 from diffedit.io.hub_errors import offline, redact
+from diffedit.io.measured import MEASURED_FILE
 from diffedit.io.pairs import PAIRS_FILE
 from diffedit.storage import discard, read_regular, storage_errors, sweep, temporary_path, write_durable
 
@@ -37,6 +38,8 @@ logger = logging.getLogger("diffedit")
 
 # The edit comes last: a cache that has it has the rest.
 PULLED_FILES = (PAIRS_FILE, EDIT_FILE)
+# Fetched before them if the commit has it, and not missed otherwise.
+MAY_BE_PULLED = (MEASURED_FILE,)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def pull(
     if revision is not None and known is not None and known.commit != remote.commit:
         _refuse_moved_tag(hub, revision, known.commit, remote.commit)
     folder = _repo_folder(repo_id, cache_dir) / "snapshots" / remote.commit
-    for name in PULLED_FILES:
+    for name in (*MAY_BE_PULLED, *PULLED_FILES):
         if name in remote.files:
             _fetch(hub, remote, name, folder)
     _remember(repo_id, revision, remote.commit, cache_dir)

@@ -30,12 +30,11 @@ from diffedit.io.destination import EDIT_FOLDER_FILES
 from diffedit.io.hub_calls import Patience
 from diffedit.io.hub_client import COMMIT, Client, Hub, Remote, checked_repo, checked_revision
 from diffedit.io.hub_errors import Failure, offline, redact
-from diffedit.io.pairs import PAIRS_FILE
 
 logger = logging.getLogger("diffedit")
 
-# What an earlier edit may have left there and would be loaded in place of this one. Pictures and other files stay.
-_WEIGHTS = frozenset(n for n in EDIT_FOLDER_FILES if n.endswith((".safetensors", ".json"))) | {PAIRS_FILE}
+# What an earlier edit may have left there and would be taken for a part of this one. Pictures and other files stay.
+_WEIGHTS = frozenset(n for n in EDIT_FOLDER_FILES if n.endswith((".safetensors", ".json")))
 
 
 @dataclass(frozen=True)

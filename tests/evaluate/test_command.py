@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from diffedit import Edit
+from diffedit import Edit, verify
 from diffedit.cli import app
 
 FAST = ("--images", "2", "--steps", "1", "--scorer", "builtin:emoji-scorer")
@@ -44,7 +44,11 @@ def test_requirements_decide_the_exit_code_and_the_card_is_written(cli, model):
     assert code == 0 and json.loads(out)["passed"]
     card = Path("no-dog/README.md").read_text(encoding="utf-8")
     assert "fidelity mmd" in card and "Judged by builtin:emoji-scorer" in card.replace("\\", "")
-    assert Edit.load("no-dog").id
+    measured = Edit.load("no-dog").measured
+    assert measured is not None and "fidelity mmd" in {metric.name for metric in measured.metrics}
+    again = Edit.load("no-dog").save("again")
+    assert (again / "README.md").read_text(encoding="utf-8") == card, "saving it again keeps the numbers"
+    assert verify("no-dog").ok and not [c for c in verify("no-dog").checks if c.outcome == "changed"]
     code, out, _ = cli(*base, "--require", "fidelity_mmd<=1000", "--require", "efficacy>=0.5", "--json")
     assert code == 1
     document = json.loads(out)

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from diffedit import Edit
 from diffedit.errors import (
     HubAccessError,
     HubConflictError,
@@ -15,6 +16,7 @@ from diffedit.errors import (
     HubVisibilityError,
 )
 from diffedit.io import hub_push
+from diffedit.io.measured import Measured, Metric
 
 
 def test_a_push_makes_a_private_repository_with_one_commit_of_exactly_the_files(server, name, edit, push):
@@ -163,3 +165,14 @@ def test_what_cannot_be_a_token_is_not_shown(server, name, push, token):
     with pytest.raises(HubAccessError, match="not one") as caught:
         push(token=token)
     assert caught.value.value is None and server.count(name) == {}
+
+
+def test_measurements_are_pushed_pulled_and_pushed_again(server, name, push, edit, pull):
+    edit.record(Measured(edit_id=edit.id, metrics=(Metric("efficacy", 0.75),)))
+    push()
+    again = Edit.load(pull().folder)
+    assert again.measured == edit.measured and again.files() == edit.files()
+    assert not push(files=again.files()).created, "nothing was lost on the way"
+    half = edit * 0.5
+    push(files=half.files())
+    assert "measured.json" not in server.repos[name].at("main").files, "they are not about what is there now"
