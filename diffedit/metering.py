@@ -5,16 +5,19 @@ it is gone, and the peak of the sum is kept. Unlike the process's own size this 
 happens to hold, it is the same on every run and every system, and it sees a GPU's tensors too.
 
 What LAPACK needs inside one operation is not seen, but known: a copy of the input and, for its divide-and-conquer
-decompositions, up to 4 n^2 numbers (`gesdd`; `syevd` needs 2 n^2). Limits: Python objects are not counted.
+decompositions, square matrices (`gesdd` 4 n^2 numbers, `syevd` 2 n^2). Limits: Python objects are not counted, nor what
+an allocator keeps of freed blocks (glibc's: measured up to 25 MB).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -24,19 +27,25 @@ from torch.utils._pytree import tree_leaves
 
 _SHORT = 0.05
 _EQUAL = 1e-6  # errors that differ by less are the same
+_SQUARES = {"_linalg_svd": 4, "_linalg_eigh": 2, "linalg_lstsq": 4, "linalg_qr": 0, "_linalg_solve_ex": 0}
 
 
 class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that are made inside the block.
 
+    Args:
+        apart: code whose peak, and that of what it calls, is kept apart.
+
     Attributes:
         peak: most bytes that were live at once.
+        peak_apart: the same while the code to keep apart ran, whose bytes are then not in `peak`.
         live: bytes that are live now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: CodeType | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self.live = 0
+        self.peak = self.peak_apart = self.live = 0
+        self._apart = apart
         self._storages: dict[int, list[int]] = {}
         self._tensors: dict[int, weakref.ref[Tensor]] = {}
 
@@ -47,8 +56,11 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf, given)
-        if "linalg" in str(func):
-            self.peak = max(self.peak, self.live + _workspace(args))
+        most = self.live + _workspace(func, args)
+        if self._apart is not None and _runs(self._apart):
+            self.peak_apart = max(self.peak_apart, most)
+        else:
+            self.peak = max(self.peak, most)
         return out
 
     def _note(self, tensor: Tensor, given: set[int]) -> None:
@@ -58,7 +70,6 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self._storages:
             self._storages[key] = [0, tensor.untyped_storage().nbytes()]
             self.live += self._storages[key][1]
-            self.peak = max(self.peak, self.live)
         self._storages[key][0] += 1
 
         def gone(_: weakref.ref[Tensor]) -> None:
@@ -128,9 +139,21 @@ def extrapolate(features: Sequence[Sequence[float]], values: Sequence[float], wa
     return found
 
 
-def _workspace(args: Sequence[Any]) -> int:
+def _workspace(func: Any, args: Sequence[Any]) -> int:
+    """What LAPACK allocates for itself, one matrix of a batch after the other."""
+    squares = _SQUARES.get(func.overloadpacket.__name__)
+    if squares is None:
+        return 0
     matrices = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim > 1]
-    return max((m.nbytes + 4 * min(m.shape[-2:]) ** 2 * m.element_size() for m in matrices), default=0)
+    return max((m.nbytes + squares * min(m.shape[-2:]) ** 2 * m.element_size() for m in matrices), default=0)
+
+
+def _runs(code: CodeType) -> bool:
+    """Whether a function is being called by this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _storage(tensor: Tensor) -> int:

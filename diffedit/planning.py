@@ -1,10 +1,8 @@
 """A `Plan` from a small part of the work: done once, measured, thrown away, and extrapolated.
 
-With p prompts and r rows of keys an edit costs a + b p + c r min(r, d): each weight is tried, hashed and written; each
-prompt is a pass of the model; a solve of r equations in d unknowns is quadratic in the smaller number. The constants
-differ by orders of magnitude between machines, models and methods, so they are measured here: one subject is solved,
-four, sixteen, ..., with a like share of the preserved names, until that took `BUDGET` seconds or is half of the
-whole. A request of a few subjects is its own part. Nothing is written to the model.
+One subject is solved, four, sixteen, ..., with a like share of the preserved names, until that took `BUDGET` seconds or
+is half of the whole: constants differ by orders of magnitude between machines, models and methods, so they are measured
+here. How they grow is in `growth`. A request of a few subjects is its own part. Nothing is written to the model.
 
 Ranks and rows of independent subjects add up until the rank reaches that of the weight; sizes of files follow, since
 an edit's files are its factors, its pairs, and text. What trains instead of solving cannot be tried in part: for such
@@ -17,21 +15,22 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from diffedit.delta import Delta
 from diffedit.edit import Edit
 from diffedit.errors import RequestError
+from diffedit.growth import Part, Peaks, count_couples, count_held, count_prompts, expected, grown, stored_pairs
 from diffedit.interfaces import Backend, Locator, Updater
 from diffedit.io.pairs import PAIRS_FILE
 from diffedit.ledger import Ledger
-from diffedit.metering import TensorMeter, extrapolate, seconds
+from diffedit.metering import TensorMeter, seconds
 from diffedit.plan import Plan, PlannedSite
 from diffedit.preparing import Prepared, prepare
 from diffedit.provenance import describe
 from diffedit.request import Request
 from diffedit.targets import Completer
+from diffedit.updaters.values import key_values
 
 _T = TypeVar("_T")
 
@@ -39,18 +38,6 @@ BUDGET = 0.3
 _ENOUGH = 1.2  # seconds after which two parts have to do
 _HEADER = 8  # bytes of a safetensors file before its header
 _LINE = 80  # bytes of the card's line about a subject
-_NUMBER = 4  # bytes of a float32
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A part of the work that was done."""
-
-    requests: tuple[Request, ...]
-    prompts: int
-    seconds: float
-    memory: tuple[int, int]  # peak of the solve, peak of what follows it
-    edit: Edit
 
 
 def make_plan(
@@ -90,10 +77,10 @@ def make_plan(
     return _plan(backend, ready, parts, round(choosing, 6))
 
 
-def _try_parts(backend: Backend, ledger: Ledger, ready: Prepared) -> list[_Part]:
+def _try_parts(backend: Backend, ledger: Ledger, ready: Prepared) -> list[Part]:
     whole = count_prompts(ready.requests)
     units = max(len(ready.requests), max(len(request.preserve) for request in ready.requests))
-    parts: list[_Part] = []
+    parts: list[Part] = []
     spent, size = 0.0, 1
     while True:
         chosen = part_of(ready.requests, size / units, least=2 ** len(parts))
@@ -109,13 +96,14 @@ def _try_parts(backend: Backend, ledger: Ledger, ready: Prepared) -> list[_Part]
         size = min(4 * size, units)
 
 
-def _measured(backend: Backend, ledger: Ledger, ready: Prepared, requests: tuple[Request, ...]) -> _Part:
+def _measured(backend: Backend, ledger: Ledger, ready: Prepared, requests: tuple[Request, ...]) -> Part:
     took = seconds(lambda: _once(backend, ledger, ready, requests))
-    with TensorMeter() as meter:
+    with TensorMeter(apart=key_values.__code__) as meter:
         delta = ready.updater.solve(backend, requests, ready.location)
         solving, meter.peak = meter.peak, meter.live
         edit = _finish(backend, ledger, ready, requests, delta)
-    return _Part(requests, count_prompts(requests), took, (solving, meter.peak), edit)
+    peaks = Peaks(meter.peak_apart, solving, meter.peak)
+    return Part(requests, count_prompts(requests), took, peaks, edit)
 
 
 def _once(backend: Backend, ledger: Ledger, ready: Prepared, requests: Sequence[Request]) -> Edit:
@@ -151,44 +139,11 @@ def _even(items: Sequence[_T], share: float) -> tuple[_T, ...]:
     return tuple(items[i * len(items) // count] for i in range(count)) if items else ()
 
 
-def count_prompts(requests: Sequence[Request]) -> int:
-    """Prompts that have to be run: targets, names and preserved names in their templates, the latter once each."""
-    edited = {name.casefold() for request in requests for name in request.names}
-    held = {
-        (name.casefold(), request.templates)
-        for request in requests
-        for name in request.preserve
-        if name.casefold() not in edited
-    }
-    asked = sum(len(request.templates) * (1 + len(request.names)) for request in requests)
-    return asked + sum(len(templates) for _, templates in held)
-
-
-def _rows(part: _Part) -> tuple[int, int]:
-    """Rows of keys that are asked for and that are held, over all sites."""
-    pairs = (part.edit.delta.pairs or {}).values()
-    asked = sum(len(entry.keys) for at_site in pairs for entry in at_site.wanted)
-    return asked, sum(len(entry.keys) for at_site in pairs for entry in at_site.held)
-
-
-def _grown(parts: Sequence[_Part], counts: Sequence[int], share: float) -> float:
-    """A count of the last part, in the whole: grows as it grew between the last parts, at most in proportion."""
-    power = 1.0
-    if len(parts) > 1 and 0 < counts[-2] < counts[-1]:
-        ratio = _couples(parts[-1].requests) / _couples(parts[-2].requests)
-        power = min(1.0, math.log(counts[-1] / counts[-2]) / math.log(ratio)) if ratio > 1 else 1.0
-    return counts[-1] * float(share**power)
-
-
-def _couples(requests: Sequence[Request]) -> int:
-    return sum(len(request.templates) * len(request.names) for request in requests)
-
-
-def _plan(backend: Backend, ready: Prepared, parts: Sequence[_Part], choosing: float) -> Plan:
+def _plan(backend: Backend, ready: Prepared, parts: Sequence[Part], choosing: float) -> Plan:
     requests, location = ready.requests, ready.location
     prompts = count_prompts(requests)
     last = parts[-1] if parts else None
-    share = _couples(requests) / _couples(last.requests) if last else 1.0
+    share = count_couples(requests) / count_couples(last.requests) if last else 1.0
     exact = last is not None and last.prompts == prompts
     sites, counts = [], []
     for site in location.sites:
@@ -199,17 +154,11 @@ def _plan(backend: Backend, ready: Prepared, parts: Sequence[_Part], choosing: f
         counts.append(count)
         most = min(site.d_in, site.d_out, count if exact and count is not None else site.d_in)
         ranks = [part.edit.delta.factors[site].rank for part in parts if site in part.edit.delta.factors]
-        rank = None if change is None else min(most, round(_grown(parts, ranks, share)))
+        rank = None if change is None else min(most, round(grown(parts, ranks, share)))
         fields = {"name": site.name, "layer": site.layer, "role": site.role, "d_out": site.d_out, "d_in": site.d_in}
         sites.append(PlannedSite(**fields, rank=rank, rank_bound=most))
     width = min((site.d_in for site in location.sites), default=1)
-    held = _rows(last)[1] if last else 0
-    kept = _held(requests) / max(1, _held(last.requests)) if last else 1.0
-    grown = _grown(parts, [_rows(part)[0] for part in parts], share) + held * kept if last else 0.0
-    costs = [_features(part.prompts, sum(_rows(part)), width) for part in parts]
-    whole = _features(prompts, grown, width)
-    phases = zip(*(part.memory for part in parts), strict=True)  # each grows by its own law, and the larger one counts
-    memory = max((round(extrapolate(costs, [max(1.0, m) for m in phase], whole)) for phase in phases), default=None)
+    took, memory = expected(parts, requests, width) if parts else (None, None)
     notes = [] if parts else [f"the updater {ready.updater.name} does not solve: what it costs is not known beforehand"]
     return Plan(
         requests=requests,
@@ -223,7 +172,7 @@ def _plan(backend: Backend, ready: Prepared, parts: Sequence[_Part], choosing: f
         prompts=prompts,
         pairs=None if None in counts else sum(count or 0 for count in counts),
         files=_files(last, requests, sites, share) if last else {},
-        seconds=extrapolate(costs, [part.seconds for part in parts], whole) if parts else None,
+        seconds=took,
         choosing_seconds=choosing,
         memory=memory,
         sampled=last.prompts if last else 0,
@@ -231,17 +180,13 @@ def _plan(backend: Backend, ready: Prepared, parts: Sequence[_Part], choosing: f
     )
 
 
-def _features(prompts: float, rows: float, width: int) -> tuple[float, float, float]:
-    return 1.0, float(prompts), rows * min(rows, width)
-
-
-def _files(part: _Part, requests: Sequence[Request], sites: Sequence[PlannedSite], share: float) -> dict[str, int]:
+def _files(part: Part, requests: Sequence[Request], sites: Sequence[PlannedSite], share: float) -> dict[str, int]:
     """Bytes of each file: numbers grow with ranks and rows, text with what it lists."""
     delta = part.edit.delta
     made = sum((site.d_in + site.d_out) * change.rank for site, change in delta)
     expected = sum((site.d_in + site.d_out) * (site.rank or 0) for site in sites)
     before, after = (sum(len(request.model_dump_json()) for request in group) for group in (part.requests, requests))
-    held = _held(requests) / max(1, _held(part.requests))
+    held = count_held(requests) / max(1, count_held(part.requests))
     out = {}
     for name, data in part.edit.files().items():
         if not name.endswith(".safetensors"):
@@ -251,24 +196,15 @@ def _files(part: _Part, requests: Sequence[Request], sites: Sequence[PlannedSite
         header = int.from_bytes(data[:_HEADER], "little")
         numbers = len(data) - _HEADER - header
         if name == PAIRS_FILE:
-            asked_bytes, held_bytes = _pair_bytes(delta)
-            header = round(header * (len(requests) + _held(requests)) / (len(part.requests) + _held(part.requests)))
-            numbers = round(asked_bytes * share + held_bytes * held)
+            header = round(
+                header * (len(requests) + count_held(requests)) / (len(part.requests) + count_held(part.requests))
+            )
+            numbers = stored_pairs(part.edit, share, held)
         else:
             extra = after - before if _lists_requests(data[_HEADER : _HEADER + header]) else 0
             header, numbers = header + extra, round(numbers * expected / made) if made else numbers
         out[name] = _HEADER + header + numbers
     return out
-
-
-def _held(requests: Sequence[Request]) -> int:
-    return len({(name.casefold(), request.templates) for request in requests for name in request.preserve})
-
-
-def _pair_bytes(delta: Delta) -> tuple[int, int]:
-    asked = sum(e.keys.numel() + e.residuals.numel() for pairs in (delta.pairs or {}).values() for e in pairs.wanted)
-    held = sum(entry.keys.numel() for pairs in (delta.pairs or {}).values() for entry in pairs.held)
-    return _NUMBER * asked, _NUMBER * held
 
 
 def _lists_requests(header: bytes) -> bool:

@@ -68,7 +68,7 @@ def check_backend(backend: Backend, prompt: str, subject: str) -> None:
             x, y = seen.inputs[site], seen.outputs[site]
             _require(x.shape == (2, seen.tokens.shape[1], site.d_in), "inputs have a wrong shape", site.name)
             _require(seen.streams[site].shape == y.shape, "streams have a wrong shape", site.name)
-            expected = torch.nn.functional.linear(x, weight, bias)
+            expected = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
             close = torch.allclose(expected.float(), y.float(), rtol=1e-2, atol=1e-3)
             _require(close, "captured output is not the layer's output of the captured input", site.name)
         early = backend.capture([prompt], sites[:1])

@@ -20,7 +20,7 @@ from diffedit.site import EditSite
 
 @dataclass
 class Record:
-    """What was seen, filled while the block of `record` runs. Tensors are detached, in the model's dtype."""
+    """What was seen, filled while the block of `record` runs. Tensors are detached."""
 
     inputs: dict[EditSite, Tensor] = field(default_factory=dict)
     outputs: dict[EditSite, Tensor] = field(default_factory=dict)

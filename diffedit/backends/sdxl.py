@@ -36,6 +36,7 @@ from torch import Tensor
 
 from diffedit.backends.checkpoint import save_checkpoint
 from diffedit.backends.hooks import Record, evaluating
+from diffedit.backends.precision import widened
 from diffedit.backends.saving import save_pipeline
 from diffedit.backends.stable_diffusion import StableDiffusion
 from diffedit.backends.unet import UNET, cross_attention_sites, record_cross_attention
@@ -204,7 +205,7 @@ class SDXL(Backend):
         """[b, t, d_1 + d_2], what cross-attention reads: `hidden_states[-2]` of both encoders side by side."""
         parts = []
         for half in self._encoders.values():
-            with evaluating(half._encoder):
+            with evaluating(half._encoder), widened(half._encoder):
                 ids = half.tokenize(prompts, padded=padded)
                 parts.append(half._encoder(input_ids=ids, output_hidden_states=True).hidden_states[-2].detach())
         device = parts[0].device

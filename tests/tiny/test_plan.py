@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from diffedit import Editor, QuickFix, planning
 from diffedit.delta import Delta
 from diffedit.errors import NoOpError, RequestError, UnsupportedModelError
+from diffedit.growth import count_prompts
 from diffedit.interfaces import Updater
 from diffedit.locators.causal_trace import CausalTracing
 from diffedit.locators.fixed import FixedLocator
 from diffedit.metering import TensorMeter, extrapolate, peak_bytes
-from diffedit.planning import count_prompts, part_of
+from diffedit.planning import part_of
 from diffedit.request import make_request
 from diffedit.site import Role
 from diffedit.testing import model_state
