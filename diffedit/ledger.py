@@ -30,7 +30,7 @@ from diffedit.errors import (
     NotAppliedError,
 )
 from diffedit.interfaces import Backend
-from diffedit.rounding import achieved_share, dtype_name, rounded_sum, same_bits
+from diffedit.rounding import Known, achieved_share, dtype_name, rounded_sum, same_bits
 from diffedit.rounding import cast_hashes as cast_hashes
 from diffedit.rounding import tensor_hash as tensor_hash
 from diffedit.site import EditSite
@@ -63,7 +63,7 @@ class Ledger:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._base: dict[EditSite, Tensor] = {}
-        self._hashes: dict[EditSite, tuple[Tensor, dict[str, str]]] = {}  # of the copies in _base
+        self._known: dict[EditSite, Known] = {}  # of the copies in _base
         self._written: dict[EditSite, str] = {}
         self._active: dict[str, Delta] = {}
         self._lock = threading.Lock()
@@ -81,24 +81,17 @@ class Ledger:
 
     def base_hashes(self, site: EditSite) -> dict[str, str]:
         """`cast_hashes` of the unedited weight; computed once for a weight that the ledger keeps a copy of."""
-        base = self.base(site)
-        known = self._hashes.get(site)
-        if known is not None and known[0] is base:
-            return dict(known[1])
-        hashes = cast_hashes(base)
-        if site in self._base:
-            self._hashes[site] = base, hashes
-        return dict(hashes)
+        return dict(self._known_base(site).hashes)
 
     def trial(self, delta: Delta) -> dict[EditSite, Trial]:
         """What the change alone would make of the unedited weights. Writes nothing; raises what `apply` would raise."""
         out = {}
         for site, change in delta:
-            base = self.base(site)
-            weight, got = rounded_sum(site, base, [change])
-            norm, size = float(torch.linalg.vector_norm(base, dtype=torch.float64)), change.norm()
-            achieved = achieved_share(site, base.dtype, size**2, got)
-            out[site] = Trial(weight, tensor_hash(weight), achieved, size / norm if norm else float("inf"))
+            known = self._known_base(site)
+            weight, (asked, got) = rounded_sum(site, known.weight, [change])
+            achieved = achieved_share(site, known.weight.dtype, asked, got)
+            relative = asked**0.5 / known.norm if known.norm else float("inf")
+            out[site] = Trial(weight, tensor_hash(weight), achieved, relative)
         return out
 
     def apply(self, edit_id: str, delta: Delta, trial: Mapping[EditSite, Trial] | None = None) -> None:
@@ -181,10 +174,11 @@ class Ledger:
         expected = self._written.get(site)
         if expected is None:
             return
-        live, (kept, hashes) = self._backend.weight(site), self._hashes.get(site, (None, {}))
-        pristine = kept is not None and kept is self._base.get(site) and expected == hashes[dtype_name(kept.dtype)]
-        if pristine and kept is not None and same_bits(live, kept):  # several times faster than hashing
-            return
+        live, kept = self._backend.weight(site), self._base.get(site)
+        known = self._known.get(site)
+        if known is not None and known.weight is kept and expected == known.hashes[dtype_name(known.weight.dtype)]:
+            if same_bits(live, known.weight):  # many times faster than hashing
+                return
         found = tensor_hash(live)
         if found != expected:
             raise ForeignChangeError(
@@ -192,6 +186,16 @@ class Ledger:
                 value=f"found {found[:12]}, the ledger wrote {expected[:12]}",
                 hint="undo that change (for a LoRA: unfuse, unload), or open a new Editor on the model as it is",
             )
+
+    def _known_base(self, site: EditSite) -> Known:
+        """What is known of the unedited weight: kept for a copy of the ledger's own, new for a live weight."""
+        base = self.base(site)
+        known = self._known.get(site)
+        if known is None or known.weight is not base:
+            known = Known(base)
+            if site in self._base:
+                self._known[site] = known
+        return known
 
     def _rewrite(
         self, active: dict[str, Delta], sites: tuple[EditSite, ...], trial: Mapping[EditSite, Trial] | None = None

@@ -10,7 +10,10 @@ their rounding step, and an edit that they swallow is refused rather than writte
 from __future__ import annotations
 
 import hashlib
+import math
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,28 +54,59 @@ def same_bits(live: Tensor, kept: Tensor) -> bool:
     flat = live.detach().view(-1), kept.view(-1)  # as integers: -0 is not 0, NaN is itself
     width = torch.int64 if flat[0].numel() * flat[0].element_size() % 8 == 0 else torch.uint8
     try:
-        return torch.equal(flat[0].view(width), flat[1].view(width))
+        one, other = flat[0].view(width), flat[1].view(width)
     except RuntimeError:  # memory that does not start at a multiple of eight bytes
         return False
+    if one.device.type != "cpu":
+        return torch.equal(one, other)
+    return np.array_equal(one.numpy(), other.numpy())  # NumPy's comparison takes a third of the time of torch's
 
 
-def rounded_sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, float]:
-    """cast(base + D), D the sum of the changes, and <D, what the cast made of it - base>, in one pass over blocks.
+def frobenius(weight: Tensor) -> float:
+    """Frobenius norm of a matrix, squared and summed in float64 whatever its dtype; NaN and infinity carry over."""
+    rows = (part.detach().double().flatten() for part in torch.split(weight, _rows(weight)))
+    return math.sqrt(sum(float(torch.dot(part, part)) for part in rows))
 
-    A block fits the processor's cache. NaN and infinity anywhere in base or result end in the inner product.
+
+class Known:
+    """What is computed of one tensor at most once; for a copy that nobody writes to.
+
+    Args:
+        weight: [d_out, d_in].
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """`cast_hashes`; not to be changed by the caller."""
+        return cast_hashes(self.weight)
+
+    @cached_property
+    def norm(self) -> float:
+        """`frobenius`."""
+        return frobenius(self.weight)
+
+
+def rounded_sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, tuple[float, float]]:
+    """cast(base + D), D the sum of the changes, and beside it (<D, D>, <D, what the cast made of it - base>).
+
+    One pass over blocks that fit the processor's cache. NaN and infinity anywhere in base or result end in the second
+    product.
     """
     for change in changes:
         change.check_finite(site.name)
     up = torch.cat([change.up.double().to(base.device) for change in changes], 1)
     down = torch.cat([change.down.double().to(base.device) for change in changes], 0)
-    weight, pulled = torch.empty_like(base), torch.zeros_like(down)
-    rows = max(1, _BLOCK // base.shape[1])
-    for start in range(0, len(base), rows):
-        part = slice(start, start + rows)
-        exact = base[part].double()
-        weight[part] = torch.addmm(exact, up[part], down)
-        pulled.addmm_(up[part].T, weight[part].double() - exact)
-    got = float((pulled * down).sum())
+    weight, rows = torch.empty_like(base), _rows(base)
+    asked = got = 0.0
+    for before, factor, after in zip(*(torch.split(x, rows) for x in (base, up, weight)), strict=True):
+        exact, wanted = before.double(), factor @ down
+        made = (after.copy_(exact + wanted).double() - exact).flatten()
+        wanted = wanted.flatten()
+        asked += float(torch.dot(wanted, wanted))
+        got += float(torch.dot(wanted, made))
     if got - got != 0.0:  # infinite or NaN
         bad = int((~torch.isfinite(base)).sum())
         if bad:
@@ -83,7 +117,7 @@ def rounded_sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[T
             raise NonFiniteError(
                 f"the edited weight of {site.name} overflows {base.dtype}", hint="load the model in float32"
             )
-    return weight, got
+    return weight, (asked, got)
 
 
 def achieved_share(site: EditSite, dtype: torch.dtype, asked: float, got: float) -> float:
@@ -108,3 +142,7 @@ def achieved_share(site: EditSite, dtype: torch.dtype, asked: float, got: float)
             hint="load the model in float32 and edit that",
         )
     return achieved
+
+
+def _rows(matrix: Tensor) -> int:
+    return max(1, _BLOCK // max(1, matrix.shape[1]))

@@ -72,68 +72,71 @@ def read_first_layer(root: Any, places: Sequence[Place]) -> tuple[Tensor, Tensor
     """
     prefixes: dict[tuple[int, ...], int] = {}
     index = [prefixes.setdefault(span.tokens[: i + 1], len(prefixes)) for span, i in places]
-    device = root.embeddings.token_embedding.weight.device
-    inputs, streams = _read(root, list(prefixes), device)
-    rows = torch.tensor(index, device=device)
+    inputs, streams = _read(root, list(prefixes))
+    if len(prefixes) == len(index):
+        return inputs, streams
+    rows = torch.tensor(index, device=inputs.device)
     return inputs[rows], streams[rows]
 
 
-def _read(root: Any, prefixes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    layer, positions = root.encoder.layers[0], root.embeddings.position_embedding.num_embeddings
-    attention = layer.self_attn
-    groups: dict[int, list[int]] = {}
-    for i, prefix in enumerate(prefixes):
-        groups.setdefault(len(prefix), []).append(i)
-    codes = {
-        length: torch.tensor([prefixes[i] for i in members]) * positions + torch.arange(length)
-        for length, members in groups.items()
-    }
-    distinct, inverse = torch.unique(torch.cat([code.flatten() for code in codes.values()]), return_inverse=True)
-    where = dict(zip(codes, inverse.split([code.numel() for code in codes.values()]), strict=True))
-    last = torch.cat([code[:, -1] for code in codes.values()])
+def _read(root: Any, prefixes: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """The same for prefixes [b] of token ids, each read at its last token."""
+    embeddings, attention = root.embeddings, root.encoder.layers[0].self_attn
+    device = embeddings.token_embedding.weight.device
+    table, lengths = _table(prefixes, embeddings.position_embedding.num_embeddings)
+    distinct, where = torch.unique(table, return_inverse=True)
+    last = where.gather(1, lengths[:, None] - 1)[:, 0]
     asked, asking = torch.unique(last, return_inverse=True)
-    queries = dict(zip(codes, asking.split([len(code) for code in codes.values()]), strict=True))
-
-    stream, normed = _embed(root, distinct.to(device), positions)
+    stream, normed = _embed(root, distinct.to(device))
     k, v = _linear(attention.k_proj, normed), _linear(attention.v_proj, normed)
-    at = torch.searchsorted(distinct, asked).to(device)
-    q = _linear(attention.q_proj, _padded(normed[at]))
+    q = _linear(attention.q_proj, _padded(normed[asked.to(device)]))
     inputs = stream.new_empty(len(prefixes), stream.shape[1])
-    streams = torch.empty_like(inputs)
-    for length, members in groups.items():
-        keys, asks = where[length].view(-1, length).to(device), queries[length].to(device)
-        for start in range(0, len(members), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            rows = torch.tensor(members[part], device=device)
-            inputs[rows] = _attend(attention, q[asks[part]], k[keys[part]], v[keys[part]])
-            streams[rows] = stream[keys[part, -1]]
-    return inputs, streams
+    for rows in torch.split(torch.argsort(lengths, stable=True), _CHUNK):  # ascending: a chunk's lengths differ little
+        keys, shown = where[rows, : int(lengths[rows[-1]])], lengths[rows].to(device)
+        inputs[rows.to(device)] = _attend(attention, q[asking[rows].to(device)], k, v, keys.to(device), shown)
+    return inputs, stream[last.to(device)]
 
 
-def _embed(root: Any, codes: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+def _table(prefixes: Sequence[tuple[int, ...]], positions: int) -> tuple[Tensor, Tensor]:
+    """One code for each (token, position), [b, t], short prefixes filled up with their first; lengths [b]."""
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    places = torch.arange(int(lengths.max()))
+    held = places < lengths[:, None]
+    table = torch.zeros(held.shape, dtype=torch.int64)
+    table[held] = torch.tensor([token for prefix in prefixes for token in prefix])
+    codes = table * positions + places
+    return torch.where(held, codes, codes[:, :1]), lengths
+
+
+def _embed(root: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
     """The stream x and the normed h of each (token, position), rows filled up to a multiple of `ROWS`."""
     words, places = root.embeddings.token_embedding.weight, root.embeddings.position_embedding.weight
     norm = root.encoder.layers[0].layer_norm1
     exact = torch.promote_types(words.dtype, torch.float32)
-    stream = words[codes // positions].to(exact) + places[codes % positions].to(exact)
+    stream = words[codes // len(places)].to(exact) + places[codes % len(places)].to(exact)
     stream = _padded(stream)
     weight, bias = (None if part is None else part.to(exact) for part in (norm.weight, norm.bias))
     return stream, F.layer_norm(stream, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[b, d]: one query each (q [b, d]) over its prefix (k, v [b, t, d])."""
-    b, t, d = k.shape
+def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+    """[b, d]: one query each (q [b, d]) over its prefix: `lengths` of the rows `keys` [b, t] of k and v.
+
+    Sums run over the prefix one token after the other. Beyond a prefix the shares are zero, which adds nothing: so its
+    bits do not depend on the longest one beside it.
+    """
+    b, t = keys.shape
     heads = attention.num_heads
-    keys, values = (x.view(b, t, heads, d // heads) for x in (k, v))
-    scores = (keys * (q * attention.scale).view(b, 1, heads, d // heads)).sum(-1)
-    shares = (scores - scores.amax(1, keepdim=True)).exp()
-    shares = shares / shares.sum(1, keepdim=True)
-    mixed = values[:, 0] * shares[:, 0, :, None]
-    for i in range(1, t):
-        mixed = mixed + values[:, i] * shares[:, i, :, None]
-    out: Tensor = mixed.reshape(b, d)
-    return out
+    q = (q * attention.scale).view(b, heads, -1)
+    scores = torch.stack([(k[keys[:, i]].view_as(q) * q).sum(-1) for i in range(t)])
+    beyond = torch.arange(t, device=keys.device)[:, None] >= lengths
+    scores = scores.masked_fill(beyond[..., None], -torch.inf)
+    shares = (scores - scores.amax(0)).exp()
+    total, mixed = torch.zeros_like(shares[0]), torch.zeros_like(q)
+    for i in range(t):
+        total = total + shares[i]
+        mixed = mixed + v[keys[:, i]].view_as(q) * shares[i, ..., None]
+    return (mixed / total[..., None]).reshape(b, -1)
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:

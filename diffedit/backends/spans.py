@@ -56,16 +56,14 @@ def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], lengt
     found: dict[tuple[str, str, int], SubjectSpan] = {}
     if plain:
         prompts = [prompt for prompt, _, _ in plain]
-        encoded = tokenizer(
-            prompts, return_offsets_mapping=True, return_attention_mask=False, truncation=False, verbose=False
-        )
-        for phrase, ids, offsets in zip(plain, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        encoded = tokenizer(prompts, return_attention_mask=False, truncation=False, verbose=False)
+        for i, (phrase, ids) in enumerate(zip(plain, encoded["input_ids"], strict=True)):
             prompt, subject, begin = phrase
-            end = begin + len(subject)
-            hits = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > begin]
+            first = encoded.char_to_token(i, begin)
+            last = encoded.char_to_token(i, begin + len(subject) - 1)
             eos = min(len(ids), length) - 1
-            if hits and hits[-1] < eos:
-                found[phrase] = SubjectSpan(prompt, subject, hits[0], hits[-1] + 1, eos, _cut(ids, length))
+            if first is not None and last is not None and last < eos:
+                found[phrase] = SubjectSpan(prompt, subject, first, last + 1, eos, _cut(ids, length))
     for phrase in distinct:
         if phrase not in found:  # text to be normalised first, or an error to be told
             prompt, subject, begin = phrase
@@ -79,17 +77,17 @@ def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], lengt
 def _is_plain(prompt: str, subject: str, begin: int) -> bool:
     """Whether the text is as `clean` would leave it, with the subject at `begin` as whole words."""
     end = begin + len(subject)
-    around = prompt[max(begin - 1, 0) : begin] + prompt[end : end + 1]
     return (
-        prompt.isascii()
-        and prompt.isprintable()
-        and "  " not in prompt
-        and prompt == prompt.strip()
-        and "<|" not in prompt
-        and bool(subject)
-        and begin >= 0
+        begin >= 0
         and prompt[begin:end] == subject
-        and not any(ch.isalnum() or ch == "_" for ch in around)
+        and bool(subject)
+        and subject == subject.strip()
+        and prompt == prompt.strip()
+        and "  " not in prompt
+        and "<|" not in prompt
+        and prompt.isascii()
+        and prompt.isprintable()
+        and not any(ch.isalnum() or ch == "_" for ch in prompt[max(begin - 1, 0) : begin] + prompt[end : end + 1])
     )
 
 

@@ -30,6 +30,7 @@ CONDITION_GRAM = 3e8
 _EXACT = 256
 _STEPS = 40
 _BLOCK = 4096
+_STRIP = 192
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def gram_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float) ->
     n, d = keys.shape
     if n + len(others) < d:
         return _wide(keys, residuals, others, lam)
-    own, held = keys.T @ keys, others.T @ others
+    own, held = _gram(keys), _gram(others)
     a = own + held
     a.diagonal().add_(lam)
     factor, condition, rank = _factorise(a, lam, d)
@@ -69,7 +70,7 @@ def gram_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float) ->
     crossed = residuals.T @ keys
     change = torch.cholesky_solve(crossed.T, factor).T.contiguous()
     left = wanted**2 - 2 * float((change * crossed).sum()) + float(((change @ own) * change).sum())
-    drift = max(float(((change @ held) * change).sum()), 0.0) ** 0.5
+    drift = max(float(((change @ held) * change).sum()), 0.0) ** 0.5 if len(others) else 0.0
     if left < 1e-9 * wanted**2:  # the difference has cancelled: look at the rows themselves
         left = float(torch.linalg.vector_norm(residuals - keys @ change.T)) ** 2
     scale = wanted if wanted > 0 else 1.0
@@ -98,6 +99,17 @@ def tall_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float, cu
     change = ((triangle[:d, d:].T @ left) * gain) @ right
     condition = (float(sigma[0]) ** 2 + lam) / (float(sigma[rank - 1]) ** 2 + lam)
     return _measured(keys, residuals, others, change, _identity(keys), condition, rank)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows^T rows, [d, d]; below the diagonal it is copied, not computed, which saves nearly half of the work."""
+    d = rows.shape[1]
+    out = rows.new_empty(d, d)
+    for start in range(0, d, _STRIP):
+        strip = rows[:, start : start + _STRIP].T @ rows[:, start:]
+        out[start : start + _STRIP, start:] = strip
+        out[start:, start : start + _STRIP] = strip.T
+    return out
 
 
 def _identity(keys: Tensor) -> Tensor:

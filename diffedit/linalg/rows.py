@@ -1,7 +1,7 @@
 """The fewest rows that stand for a set of pairs, for one set or for many at once.
 
 A ridge solve reads pairs (k_i, r_i, s_i) only through K^T S K and K^T S R. With U the left singular vectors of
-M = [sqrt(S) K, rho sqrt(S) R], the rows
+M = [sqrt(S) K, rho sqrt(S) R], rho = |sqrt(S) K| / |sqrt(S) R| (0 without residuals), the rows
 
     K' = U^T sqrt(S) K,    R' = U^T sqrt(S) R,    all weights 1,
 
@@ -36,8 +36,9 @@ def reduce_rows(keys: Tensor, residuals: Tensor, weights: Tensor, tol: float) ->
         return rows[0], rows[1]
     root = weights.sqrt()[:, None]
     keys, residuals = keys * root, residuals * root
-    rho = _balance(keys[None], residuals[None])
-    stacked = torch.cat([keys, rho[0] * residuals], 1)  # the same left vectors, from the smaller of the two Grams
+    size = torch.linalg.vector_norm(residuals)
+    rho = torch.linalg.vector_norm(keys) / size if bool(size > 0) else size
+    stacked = torch.cat([keys, rho * residuals], 1)  # the same left vectors, from the smaller of the two Grams
     energy, right = torch.linalg.eigh(stacked.T @ stacked)
     kept = energy > (tol**2) * energy[-1]
     left = (stacked @ (right[:, kept] / energy[kept].sqrt())).flip(1).T
@@ -58,21 +59,19 @@ def reduce_batch(
     Returns:
         The rows of all sets one after the other, keys [sum of r, d_in] and residuals [sum of r, d_out], and each r.
     """
-    root = weights.sqrt()[..., None]
-    keys, residuals = keys * root, residuals * root
+    if not bool((weights == 1.0).all()):  # a factor of 1 changes no bit
+        root = weights.sqrt()[..., None]
+        keys, residuals = keys * root, residuals * root
     b, n = keys.shape[:2]
     if tol == 0.0:
         return keys.flatten(0, 1), residuals.flatten(0, 1), (n,) * b
-    rho = _balance(keys, residuals)
-    gram = keys @ keys.mT + rho[:, None, None].square() * (residuals @ residuals.mT)
-    energy, left = torch.linalg.eigh(gram)
+    own, wanted = keys @ keys.mT, residuals @ residuals.mT
+    size, largest = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (wanted, own))
+    balance = torch.where(size > 0, largest / size, torch.zeros_like(size))  # rho squared
+    energy, left = torch.linalg.eigh(own + balance[:, None, None] * wanted)
     energy, rotate = energy.flip(-1), left.flip(-1).mT  # strongest first
     kept = energy > (tol**2) * energy[:, :1]
-    return (rotate @ keys)[kept], (rotate @ residuals)[kept], tuple(kept.sum(1).tolist())
-
-
-def _balance(keys: Tensor, residuals: Tensor) -> Tensor:
-    """[b]: the factor that gives residuals the size of the keys; 0 where there are none."""
-    size = torch.linalg.vector_norm(residuals, dim=(1, 2))
-    ratio = torch.linalg.vector_norm(keys, dim=(1, 2)) / size
-    return torch.where(size > 0, ratio, torch.zeros_like(ratio))
+    keys, residuals, ranks = rotate @ keys, rotate @ residuals, tuple(kept.sum(1).tolist())
+    if min(ranks) == n:
+        return keys.flatten(0, 1), residuals.flatten(0, 1), ranks
+    return keys[kept], residuals[kept], ranks

@@ -2,7 +2,7 @@
 
 A request asks that some tokens of its source prompts ("a photo of a [dog]") be what tokens of its target prompts ("a
 photo of a [cat]") are; a preserved name asks that its own tokens stay. Both are listed here as pairs of places, before
-any number is read. Thousands of requests go in portions that bound what is held in memory at once.
+any number is read. Tens of thousands of prompts go in portions that bound what is held in memory at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffedit.reading import Place
 from diffedit.request import Request
 from diffedit.site import EditSite, SubjectSpan, TokenRule
 
-PROMPTS = 2048
+PROMPTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,21 @@ class Listed:
     weights: tuple[float, ...]
     counts: tuple[int, ...]
 
+    def parts(self, pairs: int) -> Iterator[tuple[slice, Listed]]:
+        """A few whole entries at a time, of about so many pairs: (which entries, their pairs among all places)."""
+        first = start = stop = 0
+        for i, count in enumerate(self.counts):
+            if i > first and stop - start + count > pairs:
+                yield self._part(slice(first, i), slice(start, stop))
+                first, start = i, stop
+            stop += count
+        if self.counts:
+            yield self._part(slice(first, len(self.counts)), slice(start, stop))
+
+    def _part(self, entries: slice, at: slice) -> tuple[slice, Listed]:
+        numbers = self.sources[at], self.targets[at], self.weights[at]
+        return entries, Listed(self.places, *numbers, self.counts[entries])
+
 
 def group_of(request: Request, weights: PairWeights) -> str:
     """What makes two requests hold the same keys for the same name: the prompts, and how token kinds weigh."""
@@ -99,19 +114,18 @@ def held_entry(request: Request, name: str, weights: PairWeights, group: str) ->
 
 
 def portions(backend: Backend, entries: Sequence[Entry], sites: Sequence[EditSite]) -> Iterator[list[int]]:
-    """Indices of entries to read together: few prompts at a time, one entry where the backend's numbers need that."""
+    """Indices of entries to read together: up to `PROMPTS`, or one entry where the backend's numbers need that."""
     for padded in (False, True):
-        most = PROMPTS if backend.independent(sites, padded=padded) else 0
+        alike = [i for i, entry in enumerate(entries) if (entry.weights.padding > 0) is padded]
+        most = PROMPTS if alike and backend.independent(sites, padded=padded) else 0
         portion: list[int] = []
         prompts = 0
-        for i, entry in enumerate(entries):
-            if (entry.weights.padding > 0) is not padded:
-                continue
-            if portion and prompts + len(entry.phrases) > most:
+        for i in alike:
+            if portion and prompts + len(entries[i].phrases) > most:
                 yield portion
                 portion, prompts = [], 0
             portion.append(i)
-            prompts += len(entry.phrases)
+            prompts += len(entries[i].phrases)
         if portion:
             yield portion
 

@@ -16,8 +16,8 @@ everything after the edited layer sees the target's state at that token.
 The layer is linear, so the residual y_t - b - W k_s is W (k_t - k_s): one product with the difference, in float32
 (float64 for a float64 model) whatever the model's dtype. The smaller the difference, the smaller the rounding.
 
-Where the backend's numbers allow it (`Backend.independent`) all requests are read and multiplied together, in portions
-that bound the memory; elsewhere each by itself. Each is reduced by itself (`linalg.rows`). So an edit's pairs are the
+Where the backend's numbers allow it (`Backend.independent`) all requests are read together and multiplied some hundred
+pairs at a time; elsewhere each by itself. Each is reduced by itself (`linalg.rows`). So an edit's pairs are the
 same bits whether it was made alone or with others.
 """
 
@@ -36,6 +36,7 @@ from diffedit.linalg.rows import reduce_batch, reduce_rows
 from diffedit.pairs import Held, Pairs, Wanted, check_contradictions
 from diffedit.reading import Rows
 from diffedit.request import Request
+from diffedit.rounding import frobenius
 from diffedit.site import EditSite, TokenRule
 from diffedit.updaters.tokens import (
     Entry,
@@ -51,6 +52,7 @@ from diffedit.updaters.tokens import (
 ValueKind = Literal["stream", "module"]
 
 _ROWS = 16  # products have a multiple of this many rows: see `Backend.read`
+_PAIRS = 512  # turned into numbers together: what they take stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -142,17 +144,19 @@ def _collect(
     shared: dict[EditSite, set[tuple[int, int]]] = {site: set() for site in sites}
     holders: dict[EditSite, dict[int, int]] = {site: {} for site in sites}
     for portion in portions(backend, entries, sites):
-        part = [entries[i] for i in portion]
-        listed = list_pairs(backend, part, rule, sites[0])
-        rows = backend.read(listed.places, sites, padded=part[0].weights.padding > 0)
-        for site in sites:
-            keys, residuals = _differences(backend, site, part, listed, rows, recipe, norms[site])
-            out[site].update(zip(portion, _reduced(keys, residuals, part, listed, recipe.tol), strict=True))
-            owners = (i for i, count in zip(portion, listed.counts, strict=True) for _ in range(count))
-            for i, row in zip(owners, keys.cpu().numpy(), strict=True):
-                first = holders[site].setdefault(hash(row.tobytes()), i)
-                if first != i:
-                    shared[site].add((min(first, i), max(first, i)))
+        read = [entries[i] for i in portion]
+        listed = list_pairs(backend, read, rule, sites[0])
+        rows = backend.read(listed.places, sites, padded=read[0].weights.padding > 0)
+        for which, part in listed.parts(_PAIRS):
+            for site in sites:
+                keys, residuals = _differences(backend, site, read[which], part, rows, recipe, norms[site])
+                reduced = _reduced(keys, residuals, read[which], part, recipe.tol)
+                out[site].update(zip(portion[which], reduced, strict=True))
+                owners = (i for i, count in zip(portion[which], part.counts, strict=True) for _ in range(count))
+                for i, row in zip(owners, keys.cpu().numpy(), strict=True):
+                    first = holders[site].setdefault(hash(row.tobytes()), i)
+                    if first != i:
+                        shared[site].add((min(first, i), max(first, i)))
     return {site: [found[i] for i in range(len(entries))] for site, found in out.items()}, shared
 
 
@@ -183,8 +187,10 @@ def _differences(
     _check_finite("the layer's output", residuals, site)
     owner = torch.arange(len(entries)).repeat_interleave(torch.tensor(listed.counts)).to(inputs.device)
     sizes = [
-        torch.zeros(len(entries), dtype=torch.float64, device=inputs.device).index_add_(0, owner, energy)
-        for energy in (residuals.double().square().sum(1), keys.double().square().sum(1))
+        torch.zeros(len(entries), dtype=torch.float64, device=inputs.device).index_add_(
+            0, owner, size.double().square()
+        )
+        for size in (torch.linalg.vector_norm(residuals, dim=1), torch.linalg.vector_norm(keys, dim=1))
     ]
     present = norm * sizes[1].sqrt() / site.d_in**0.5  # what the layer writes for such keys, typically
     idle = (sizes[0].sqrt() <= 1e-6 * present).nonzero().flatten().tolist()
@@ -206,10 +212,15 @@ def _reduced(keys: Tensor, residuals: Tensor, entries: Sequence[Entry], listed: 
     starts = counts.cumsum(0) - counts
     scale = torch.tensor(listed.weights, dtype=torch.float64, device=keys.device)
     strength = torch.tensor([entry.request.strength for entry in entries], dtype=torch.float64, device=keys.device)
-    for n in torch.unique(counts).tolist():
+    sizes = torch.unique(counts).tolist()
+    for n in sizes:
         members = (counts == n).nonzero().flatten()
         at = (starts[members][:, None] + torch.arange(n)).to(keys.device)
-        k, r = keys[at].double(), residuals[at].double() * strength[members.to(keys.device)][:, None, None]
+        # Entries of one size, the usual case, are all rows as they stand.
+        chosen = [x[at] if len(sizes) > 1 else x.view(*at.shape, x.shape[1]) for x in (keys, residuals)]
+        k, r = (x.double() for x in chosen)
+        if not bool((strength == 1.0).all()):  # a factor of 1 changes no bit
+            r = r * strength[members.to(keys.device)][:, None, None]
         if n <= keys.shape[1] + residuals.shape[1]:
             rows, changes, ranks = reduce_batch(k, r, scale[at], tol)
         else:
@@ -227,15 +238,17 @@ def _reduced(keys: Tensor, residuals: Tensor, entries: Sequence[Entry], listed: 
 def _norm(backend: Backend, site: EditSite) -> float:
     """Frobenius norm of the weight, which is finite if every number of it is."""
     weight = backend.weight(site).detach()
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    norm = frobenius(weight)
     if norm == float("inf") or norm != norm:
         _check_finite("the weight", weight, site)
     return norm
 
 
 def _check_finite(what: str, value: Tensor, site: EditSite) -> None:
-    if not bool(torch.isfinite(value.sum(dtype=torch.float64))):
-        bad = int((~torch.isfinite(value)).sum())
+    if bool(torch.isfinite(value.sum())):  # a sum carries any NaN or infinity, and only rarely overflows by itself
+        return
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
         raise NonFiniteError(
             f"{what} of {site.name} is not finite",
             value=f"{bad} numbers",

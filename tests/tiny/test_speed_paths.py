@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffedit import Editor
+from diffedit.backends import first_layer
 from diffedit.edit import Edit
 from diffedit.errors import ContradictionError, ForeignChangeError, RequestError, SwallowedError
 from diffedit.interfaces import Backend
@@ -14,6 +15,7 @@ from diffedit.ledger import cast_hashes
 from diffedit.locators.fixed import FixedLocator
 from diffedit.request import make_request
 from diffedit.site import Role, TokenRule
+from diffedit.updaters import tokens, values
 from diffedit.updaters.closed_form import QuickFix
 from tests.tiny import build
 
@@ -107,7 +109,64 @@ def test_a_token_gives_the_same_bits_alone_and_in_company(tokenizer_folder, thre
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("updater", [QuickFix(), QuickFix(pair_tol=0), QuickFix(eos_weight=0.3, padding_weight=0.1)])
+@pytest.mark.parametrize("chunk", [2048, 5])
+@pytest.mark.parametrize("true_width", [False, True])
+def test_a_token_gives_the_same_bits_beside_longer_prompts(tokenizer_folder, chunk, true_width, monkeypatch):
+    """Short prefixes are filled up to the longest of their chunk: that must not show."""
+    monkeypatch.setattr(first_layer, "_CHUNK", chunk)
+    if true_width:
+        monkeypatch.setattr(build, "TINY", dict(build.TRUE_SIZE["sd1"], num_hidden_layers=2))
+    backend = Editor(build.pipeline(tokenizer_folder)).backend
+    long = "the old " * 12
+    phrases = [("cat", "cat", 0), (f"{long}cat", "cat", len(long)), *PHRASES]
+    places = [(span, position) for span in backend.spans(phrases) for position in range(1, span.eos + 1)]
+    (site, *_) = backend.sites(Role.TEXT_SELF_ATTN_OUT)
+    whole = backend.read(places, [site])
+    for i in range(0, len(places), 5):
+        alone = backend.read([places[i]], [site])
+        assert torch.equal(alone.inputs[site][0], whole.inputs[site][i])
+        assert torch.equal(alone.streams[site][0], whole.streams[site][i])
+
+
+def test_portions_do_not_show_in_the_pairs(sd1, monkeypatch):
+    """However many prompts are read and however many pairs are multiplied together; requests of several sizes."""
+    editor, updater = Editor(sd1), QuickFix(eos_weight=0, padding_weight=0)
+    requests = [make_request(subject=name, target="cat", preserve=["owl"]) for name in NAMES[:40]]
+    requests[3] = make_request(subject="Snoopy", target="cat", aliases=["the beagle"], preserve=["owl", "old dog"])
+    requests[7] = make_request(subject="Van Gogh", target="cat", strength=0.5, templates=["a {}"])
+    location = FixedLocator(tokens=TokenRule.ALL_SUBJECT).locate(editor.backend, requests)
+    ((_, whole),) = updater.solve(editor.backend, requests, location).pairs.items()
+    assert len({entry.count for entry in whole.wanted}) > 2
+    monkeypatch.setattr(tokens, "PROMPTS", 50)
+    monkeypatch.setattr(values, "_PAIRS", 30)
+    ((_, parts),) = updater.solve(editor.backend, requests, location).pairs.items()
+    for one, other in zip((*whole.wanted, *whole.held), (*parts.wanted, *parts.held), strict=True):
+        assert torch.equal(one.keys, other.keys) and one.count == other.count
+    for one, other in zip(whole.wanted, parts.wanted, strict=True):
+        assert torch.equal(one.residuals, other.residuals)
+
+
+def test_names_among_other_marks_are_found_as_one_by_one(sd1):
+    """The tokens of the first and the last character, against the offsets of all tokens."""
+    backend = Editor(sd1).backend
+    frames = [
+        ("", ""),
+        ("a photo of ", ""),
+        ("(", ")"),
+        ("the ", "'s house, 1990"),
+        ("a dog, ", ". A cat"),
+        ("5 ", "!"),
+    ]
+    subjects = [*NAMES[:20], "Snoopy", "R2-D2", "St. John's", "x", "42", "dog , cat", "U.S.A."]
+    phrases = [(f"{a}{name}{b}", name, len(a)) for name in subjects for a, b in frames]
+    found = backend.spans(phrases)
+    assert found == Backend.spans(backend, phrases)
+    assert all(span.tokens for span in found)
+
+
+@pytest.mark.parametrize(
+    "updater", [QuickFix(), build.plain(), build.plain(pair_tol=0), QuickFix(eos_weight=0.3, padding_weight=0.1)]
+)
 @pytest.mark.parametrize("layer", [0, 2])
 def test_pairs_are_the_same_bits_alone_and_in_company(sd1, updater, layer):
     editor, names = Editor(sd1), NAMES[:12] if updater.padding_weight or layer else NAMES[:100]
@@ -126,7 +185,7 @@ def test_pairs_are_the_same_bits_alone_and_in_company(sd1, updater, layer):
 @pytest.mark.parametrize("bias", [False, True])
 def test_residuals_are_what_the_layers_outputs_say(sd1, values, bias):
     """From a full forward pass: y_t - b - W k_s, and x_t - x_s beside it."""
-    updater = QuickFix(pair_tol=0, values=values)
+    updater = build.plain(pair_tol=0, values=values)
     object.__setattr__(updater, "_keep_bias", bias)
     editor, request = Editor(sd1), make_request(subject="Snoopy", target="cat", templates=["a {}", "the old {} sits"])
     location = FixedLocator().locate(editor.backend, [request])
@@ -146,11 +205,13 @@ def test_residuals_are_what_the_layers_outputs_say(sd1, values, bias):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_are_read_in_float32(sd1, dtype):
     """The keys are those of a float32 model with the same, already rounded weights."""
-    edit = Editor(sd1.to(dtype)).ablate("Snoopy", target="cat")
+    edit = Editor(sd1.to(dtype)).ablate("Snoopy", target="cat", updater=build.plain())
     assert 0.9 <= edit.manifest.sites[0].achieved <= 1.1
     edit.revert()
     ((_, half),) = edit.delta.pairs.items()
-    ((_, full),) = Editor(sd1.to(torch.float32)).ablate("Snoopy", target="cat").delta.pairs.items()
+    ((_, full),) = (
+        Editor(sd1.to(torch.float32)).ablate("Snoopy", target="cat", updater=build.plain()).delta.pairs.items()
+    )
     assert half.wanted[0].keys.dtype is torch.float32
     assert torch.equal(half.wanted[0].keys, full.wanted[0].keys)
     assert torch.equal(half.wanted[0].residuals, full.wanted[0].residuals)
@@ -159,7 +220,7 @@ def test_half_precision_models_are_read_in_float32(sd1, dtype):
 def test_an_edit_that_half_precision_swallows_is_refused(sd1):
     before = sd1.to(torch.bfloat16).text_encoder.encoder.layers[0].self_attn.out_proj.weight.detach().clone()
     with pytest.raises(SwallowedError, match="float32"):
-        Editor(sd1).ablate("Snoopy", target="cat", updater=QuickFix(lam=1e6))
+        Editor(sd1).ablate("Snoopy", target="cat", updater=build.plain(lam=1e6))
     assert torch.equal(sd1.text_encoder.encoder.layers[0].self_attn.out_proj.weight, before)
 
 
@@ -169,9 +230,9 @@ def test_contradictions_are_found_among_many(sd1):
     second = make_request(subject="old dog", target="bird", templates=["my {}"])
     editor = Editor(sd1)
     with pytest.raises(ContradictionError, match="'dog' and 'old dog'"):
-        editor.run([first, *requests, second])
+        editor.run([first, *requests, second], updater=build.plain())
     agreeing = make_request(subject="old dog", target="old cat", templates=["my {}"])
-    assert len(editor.run([first, *requests, agreeing]).requests) == 152
+    assert len(editor.run([first, *requests, agreeing], updater=build.plain()).requests) == 152
 
 
 def test_the_end_of_text_rule_holds_for_many(sd1):
