@@ -8,10 +8,10 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format docs bench clean
+.PHONY: help demo test test-all lint format docs bench bench-methods clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 # One stamp per set of packages, so that a second run installs nothing.
 $(BIN)/python:
@@ -60,8 +60,15 @@ docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
-bench: $(VENV)/.stamp-dev ## run every benchmark
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+# Shortest first; each by itself: python -m benchmarks.NAME. benchmarks/README.md says what each one measures.
+BENCHMARKS := edit_speed planning loading scale training_step closed_forms other_names finetune tracing ablation
+
+bench: $(VENV)/.stamp-dev ## run every benchmark (many hours; the long ones go on where they were stopped)
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for share in half none; do $(BIN)/python -m benchmarks.ablation --preserve $$share || exit 1; done
+
+bench-methods: $(VENV)/.stamp-dev ## compare all methods by pictures (hours; goes on where it was stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.methods --workers $(JOBS)
 
 clean: ## remove what the targets made (the virtual environment too)
 	rm -rf $(VENV) site demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
