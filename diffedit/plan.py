@@ -49,8 +49,8 @@ class Plan(BaseModel):
         files: expected bytes of each file that saving would write; empty if they cannot be known before.
         seconds: expected time from complete requests to weights in the model; `None` if it cannot be known before.
         choosing_seconds: time that choosing the targets took. It is spent: the same editor does not spend it again.
-        memory: expected peak of the tensors' bytes above the loaded model, low for many subjects (measured: a third of
-            what 100 took); `None` if it cannot be known before.
+        memory: expected growth of the process above the loaded model, in bytes; `None` if it cannot be known before.
+            What is set up once per model is not in it, nor in the seconds.
         sampled: prompts of the largest part of the work that was done, and thrown away, to estimate the rest.
         notes: what else is worth knowing.
     """

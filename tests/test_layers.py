@@ -18,6 +18,7 @@ FLOOR = {
     "errors": 0,
     "linalg": 1,
     "storage": 1,
+    "figures": 1,
     "text": 2,
     "bundled": 2,
     "request": 2,
@@ -27,6 +28,8 @@ FLOOR = {
     "reading": 2,
     "rounding": 3,
     "intervention": 2,
+    "aliases": 3,
+    "spellings": 3,
     "interfaces": 3,
     "traceable": 3,
     "registry": 3,
@@ -39,6 +42,8 @@ FLOOR = {
     "ledger": 5,
     "algebra": 5,
     "edit": 5,
+    "summary": 5,
+    "growth": 5,
     "metering": 5,
     "plan": 5,
     "planning": 5,
@@ -46,6 +51,7 @@ FLOOR = {
     "tracing": 5,
     "editor": 6,
     "drawing": 7,
+    "tradeoff": 7,
     "fleet": 7,
     "audit": 7,
     "evaluate": 7,
@@ -66,7 +72,7 @@ ALLOWED_AT = {
     "rich": {"cli"},
     "click": set(),
     "jinja2": {"evaluate"},
-    "matplotlib": {"evaluate", "tracing/heatmap.py"},
+    "matplotlib": {"evaluate", "figures.py", "tracing/heatmap.py"},
 }
 
 # Rooms that may import their own package inside functions: the command line, so that --help needs no torch.
