@@ -31,7 +31,7 @@ def pair(folders, tmp_path_factory) -> tuple[Path, Path, Path]:
     """A base, an edited copy, and the edit."""
     root = tmp_path_factory.mktemp("pair")
     editor = Editor(folders["sd1"])
-    edit = editor.ablate("dog", target="cat", updater=build.plain()).save(root / "edit")
+    edit = editor.ablate("dog", target="cat", updater=build.plain(eos_weight=0)).save(root / "edit")
     return folders["sd1"], editor.save_pipeline(root / "edited"), edit
 
 

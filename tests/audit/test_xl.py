@@ -29,7 +29,7 @@ def made(tokenizer_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("xl")
     base = save_pipeline(xl.pipeline(tokenizer_folder), root / "base")
     editor = Editor(base)
-    edit = editor.ablate("dog", target="cat", updater=build.plain()).save(root / "edit")
+    edit = editor.ablate("dog", target="cat", updater=build.plain(eos_weight=0)).save(root / "edit")
     return base, edit, editor.save_pipeline(root / "merged")
 
 
