@@ -38,7 +38,8 @@ from diffedit.linalg.moments import SecondMoment
 from diffedit.site import EditSite
 
 _BATCH = 50
-_PORTION = 300
+_PORTION = 50
+_PADDING = 12
 _ROWS = 4096
 _SAMPLES = 8
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -125,12 +126,21 @@ def everyday_metric(backend: Backend, site: EditSite, count: int, lam: float, we
 
 
 def _inputs(backend: Backend, site: EditSite, count: int) -> Iterator[Tensor]:
-    """The site's inputs [n, d_in] at all tokens of the captions, some captions at a time."""
+    """The site's inputs [n, d_in] at the captions' tokens and some of their padding, some captions at a time.
+
+    The image model reads the padding too, backgrounds above all, so it has to be held as well; but there is far more of
+    it than text, so only `_PADDING` positions of each caption are taken, other ones each time.
+    """
     prompts = list(islice(captions(), count))
+    length = backend.positions(prompts[0], site)
     for start in range(0, count, _PORTION):
         spans = backend.spans([(prompt, prompt.split()[0], 0) for prompt in prompts[start : start + _PORTION]])
-        places = [(span, position) for span in spans for position in range(span.eos + 1)]
-        yield backend.read(places, [site]).inputs[site]
+        places = []
+        for i, span in enumerate(spans, start):
+            places += [(span, position) for position in range(span.eos + 1)]
+            step = max(1, (length - span.eos - 1) // _PADDING)
+            places += [(span, position) for position in range(span.eos + 1 + i % step, length, step)]
+        yield backend.read(places, [site], padded=True).inputs[site]
 
 
 def _state(backend: Backend, site: EditSite) -> tuple[object, ...]:
