@@ -43,7 +43,9 @@ def test_an_untouched_copy_does_not_differ(base, edited):
 
 def test_an_ablation_is_found_with_rank_norm_and_word(base, tmp_path):
     editor = Editor(base)
-    edit = editor.ablate("dog", target="cat", updater=build.plain(eos_weight=0))  # preserves the other objects of the vocabulary
+    edit = editor.ablate(
+        "dog", target="cat", updater=build.plain(eos_weight=0)
+    )  # preserves the other objects of the vocabulary
     editor.save_pipeline(tmp_path / "merged")
     found = diff(base, tmp_path / "merged")
     record = edit.manifest.sites[0]

@@ -10,6 +10,7 @@ from diffedit import Editor, compose
 from diffedit.edit import Edit
 from diffedit.errors import IllConditionedError, NotComposableError, RequestError
 from diffedit.tradeoff import draw_trade_off, trade_off
+from diffedit.updaters import everyday
 from diffedit.updaters.closed_form import GIVE_UP, GIVE_UP_HELD, QuickFix
 from diffedit.updaters.everyday import captions
 from tests.tiny import build
@@ -44,18 +45,29 @@ def encoded(pipe, prompt: str) -> torch.Tensor:
         return pipe.text_encoder(tokens)[0].double()
 
 
-def everyday_inputs(editor: Editor, count: int = 60) -> torch.Tensor:
+def everyday_inputs(editor: Editor, count: int) -> torch.Tensor:
     (site,) = editor.ablate("dog", target="cat").delta.sites
     editor.revert()
+    return torch.cat(list(everyday._inputs(editor.backend, site, count))).double()
+
+
+def test_everyday_inputs_are_the_captions_tokens_and_some_padding(editor):
+    found = everyday_inputs(editor, 60)
     made = captions()
-    prompts = [next(made) for _ in range(count)]
-    seen = editor.backend.capture(prompts, [site]).inputs[site].double()
+    prompts = [next(made) for _ in range(60)]
+    (site,) = (s for s in editor.backend.sites() if s.layer == 0 and s.role.value == "text.self_attn.out_proj")
+    seen = editor.backend.capture(prompts, [site], padded=True).inputs[site].double()
     ends = [editor.backend.span(prompt, prompt.split()[0], 0).eos for prompt in prompts]
-    return torch.cat([seen[row, : end + 1] for row, end in enumerate(ends)])
+    tokens = torch.cat([seen[row, : end + 1] for row, end in enumerate(ends)])
+    padding = torch.cat([seen[row, end + 1 :] for row, end in enumerate(ends)])
+    near = torch.cdist(found, torch.cat([tokens, padding])).min(1)
+    assert float(near.values.max()) < 1e-4
+    of_tokens = int((torch.cdist(found, tokens).min(1).values < 1e-4).sum())
+    assert of_tokens >= len(tokens) and 10 * 60 <= len(found) - len(tokens) <= 14 * 60
 
 
 def test_everyday_captions_move_less(editor):
-    inputs = everyday_inputs(editor)
+    inputs = everyday_inputs(editor, 60)
     moved = {}
     for name, updater in (("held", QuickFix()), ("not", build.plain(eos_weight=0.3))):
         edit = editor.ablate("dog", target="cat", updater=updater)
