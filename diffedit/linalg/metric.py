@@ -17,7 +17,8 @@ With all rows M = [K; Q] (weights folded in), their spread Y = M A0^-1 and the G
     price:        tr(D A0 D^T) = tr(R^T [(G + t)^-1 G (G + t)^-1]_nn R)
 
 so that one eigendecomposition gives the whole curve of what is reached against what it costs, and the metric itself is
-no longer needed: keys and their spreads are enough. With at least d rows the d x d matrix X^T X takes the place of G.
+no longer needed: keys and their spreads are enough. With many more rows than d the d x d matrix X^T X takes the place
+of G (`diffedit.pairs.MANY`).
 
 Demands that nothing may cost, D z = 0, go into the metric as well: the part of each whitened key that lies in the span
 of the whitened z is taken out. `exclude` does that; then D z = 0 up to rounding, whatever else is asked for.
@@ -70,17 +71,16 @@ class Metric:
             RequestError: lam is not positive, or another width.
             NonFiniteError: NaN or infinity.
         """
-        if not 0 < lam < float("inf"):
-            raise RequestError("a metric needs a positive, finite lam", value=lam)
+        _check_lam(lam)
         identity = torch.eye(width, dtype=torch.float64)
         if moment_root is None:
-            return cls(lam**0.5 * identity, identity[:0])
+            return cls(lam**0.5 * identity, identity.new_zeros(0, width))
         if moment_root.ndim != 2 or moment_root.shape[1] != width:
             raise RequestError("the second moment has another width", value=f"{tuple(moment_root.shape)}, not {width}")
         if not bool(torch.isfinite(moment_root).all()):
             raise NonFiniteError("the second moment is not finite", value=tuple(moment_root.shape))
         rows = torch.cat([moment_root.double(), lam**0.5 * identity.to(moment_root.device)])
-        return cls(torch.linalg.qr(rows, mode="r").R, rows[:0])
+        return cls(torch.linalg.qr(rows, mode="r").R, rows.new_zeros(0, width))
 
     @classmethod
     def of_inputs(cls, lam: float, weight: float, inputs: Iterable[Tensor]) -> Metric:
@@ -95,11 +95,11 @@ class Metric:
             RequestError: lam is not positive, or there are no inputs.
             NonFiniteError: NaN or infinity.
         """
+        _check_lam(lam)
         parts = [part.detach().double() for part in inputs]
         if not sum(map(len, parts)):
             raise RequestError("a second moment needs inputs", value="0 inputs")
         rows = torch.cat(parts) * (weight / sum(map(len, parts))) ** 0.5
-        plain = cls.build(lam, None, rows.shape[1])
         if not bool(torch.isfinite(rows.sum())):
             raise NonFiniteError("the inputs are not finite", value=tuple(rows.shape))
         price = rows.T @ rows
@@ -107,7 +107,7 @@ class Metric:
         if float(price.diagonal().sum()) <= _GRAM_LIMIT * lam:
             lower, info = torch.linalg.cholesky_ex(price)
             if not int(info):
-                return cls(lower.T.contiguous(), plain.excluded.to(rows.device))
+                return cls(lower.T.contiguous(), rows.new_zeros(0, rows.shape[1]))
         return cls.build(lam, rows, rows.shape[1])
 
     def exclude(self, rows: Tensor) -> Metric:
@@ -262,3 +262,8 @@ def from_metric(keys: Tensor, residuals: Tensor, metric: Metric) -> TradeOff:
         return metric.back((crossed / (g + t)[:, None]).T @ v.T), torch.eye(d, dtype=keys.dtype, device=keys.device)
 
     return TradeOff(residuals, g, undone, cost, solve)
+
+
+def _check_lam(lam: float) -> None:
+    if not 0 < lam < float("inf"):
+        raise RequestError("a metric needs a positive, finite lam", value=lam)

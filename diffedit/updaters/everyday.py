@@ -2,8 +2,9 @@
 
     C = (1 / N) sum_p sum_t k_pt k_pt^T,        k_pt  [d], the input at token t of caption p
 
-over all tokens from the begin-of-text token to the end-of-text token; padding repeats the latter's meaning and would
-outweigh everything. Captions run in small batches and only the moment is kept (`linalg.moments`).
+over all tokens from the begin-of-text token to the end-of-text token. All of the padding would outweigh them:
+`second_moment` leaves it out, `everyday_metric` takes about as much of it as there is text. Captions run in small
+batches and only the moment is kept (`linalg.moments`).
 
 Computing it costs more than the edit that needs it, so it can be kept in a folder, in a file whose name is the hash of
 everything it depends on: the captions as tokens, the site, and every weight of the site's component. A file of another
@@ -35,10 +36,9 @@ from diffedit.errors import MalformedArtifactError, RequestError, StorageError
 from diffedit.interfaces import Backend
 from diffedit.linalg.metric import Metric
 from diffedit.linalg.moments import SecondMoment
-from diffedit.site import EditSite
+from diffedit.site import EditSite, SubjectSpan
 
 _BATCH = 50
-_PORTION = 50
 _PADDING = 12
 _ROWS = 4096
 _SAMPLES = 8
@@ -97,7 +97,7 @@ def second_moment(backend: Backend, site: EditSite, count: int, cache_dir: Path 
     for start in range(0, count, _BATCH):
         batch = prompts[start : start + _BATCH]
         inputs = backend.capture(batch, [site]).inputs[site]
-        waiting += [inputs[row, : end + 1] for row, end in enumerate(_ends(backend, batch))]
+        waiting += [inputs[row, : span.eos + 1] for row, span in enumerate(_spans(backend, batch))]
         if sum(map(len, waiting)) >= _ROWS or start + _BATCH >= count:
             moment.add(torch.cat(waiting))
             waiting = []
@@ -120,7 +120,8 @@ def everyday_metric(backend: Backend, site: EditSite, count: int, lam: float, we
         known = Metric.of_inputs(lam, weight, _inputs(backend, site, count))
         for old in [k for k in backend.statistics if k[:2] == key[:2]]:
             del backend.statistics[old]
-        backend.statistics[key] = known
+        if state:
+            backend.statistics[key] = known
     found: Metric = known
     return found
 
@@ -133,10 +134,9 @@ def _inputs(backend: Backend, site: EditSite, count: int) -> Iterator[Tensor]:
     """
     prompts = list(islice(captions(), count))
     length = backend.positions(prompts[0], site)
-    for start in range(0, count, _PORTION):
-        spans = backend.spans([(prompt, prompt.split()[0], 0) for prompt in prompts[start : start + _PORTION]])
+    for start in range(0, count, _BATCH):
         places = []
-        for i, span in enumerate(spans, start):
+        for i, span in enumerate(_spans(backend, prompts[start : start + _BATCH]), start):
             places += [(span, position) for position in range(span.eos + 1)]
             step = max(1, (length - span.eos - 1) // _PADDING)
             places += [(span, position) for position in range(span.eos + 1 + i % step, length, step)]
@@ -160,9 +160,9 @@ def _state(backend: Backend, site: EditSite) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _ends(backend: Backend, prompts: list[str]) -> list[int]:
-    """Positions of the end-of-text tokens: the span of any word knows its prompt's."""
-    return [span.eos for span in backend.spans([(prompt, prompt.split()[0], 0) for prompt in prompts])]
+def _spans(backend: Backend, prompts: list[str]) -> list[SubjectSpan]:
+    """The spans of the captions' first words: any word's span knows where its prompt ends."""
+    return backend.spans([(prompt, prompt.split()[0], 0) for prompt in prompts])
 
 
 def _digest(backend: Backend, site: EditSite, prompts: list[str]) -> str:
