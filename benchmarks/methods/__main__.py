@@ -42,6 +42,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tuning-images", type=int, default=own.tuning_images)
     parser.add_argument("--tuning-concepts", type=int, default=own.tuning_concepts)
+    parser.add_argument("--slow-tuning", type=int, default=own.slow_tuning, help="the same for slow methods")
     parser.add_argument("--counts", nargs="*", type=int, default=list(own.counts), help="objects edited at once")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--plan", action="store_true", help="tell what is missing, and do nothing")
@@ -76,7 +77,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def size(args: argparse.Namespace) -> Size:
     """How much is measured."""
-    names = ("images", "concepts", "slow_concepts", "slow_others", "tuning_images", "tuning_concepts")
+    names = ("images", "concepts", "slow_concepts", "slow_others", "tuning_images", "tuning_concepts", "slow_tuning")
     return Size(**{name: getattr(args, name) for name in names}, counts=tuple(args.counts))
 
 

@@ -71,7 +71,7 @@ def gallery(strips: Path, part: str, concepts: Sequence[str], path: Path) -> boo
     from matplotlib.figure import Figure
 
     chosen = list(concepts)[:_CONCEPTS]
-    rows = ("unedited", *METHODS)
+    rows = ("unedited", *(name for name, method in METHODS.items() if not method.part))
     found: Mapping[tuple[str, str], Path] = {
         (name, concept): strips / f"{part}-{concept.replace(' ', '-')}-{name}.png"
         for name in rows

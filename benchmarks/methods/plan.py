@@ -83,6 +83,7 @@ class Size:
         slow_others: styles, and colours, that the slow methods are measured on.
         tuning_images: pictures per group and tuning concept.
         tuning_concepts: objects that settings are tuned on.
+        slow_tuning: the same for slow methods.
         counts: how many objects are edited at once.
     """
 
@@ -92,6 +93,7 @@ class Size:
     slow_others: int = 2
     tuning_images: int = 4
     tuning_concepts: int = len(TUNING)
+    slow_tuning: int = len(TUNING)
     counts: tuple[int, ...] = COUNTS
 
 
@@ -145,8 +147,11 @@ def cells(
 def best(name: str, method: Method, size: Size, done: Mapping[str, Record]) -> Setting | None:
     """The best entry of a method's grid, or `None` while its tuning is not complete.
 
-    An entry whose tuning was refused counts as 0; of equal ones the first wins, which is the default.
+    An entry whose tuning was refused counts as 0; of equal ones the first wins, which is the default. A grid of one
+    entry is not tuned.
     """
+    if len(method.grid) == 1:
+        return method.grid[0]
     scores = []
     for i, setting in enumerate(method.grid):
         records = [done.get(cell.key) for cell in _tuning({name: method}, size) if cell.setting == setting]
@@ -177,6 +182,7 @@ def _tuning(methods: Mapping[str, Method], size: Size) -> list[Cell]:
         Cell(TUNED, TUNED, (concept,), "object", size.tuning_images, TUNING_SEED + APART * place, name, setting)
         for place, concept in enumerate(TUNING[: size.tuning_concepts])
         for name, method in methods.items()
+        if len(method.grid) > 1 and (not method.slow or place < size.slow_tuning)
         for setting in method.grid
     ]
 

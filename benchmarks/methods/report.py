@@ -81,7 +81,7 @@ def _results(found: Mapping[str, Any], out: Path) -> str:
             lines += ["", f"The part *{part}* is not complete; cells missing: {found[part]['missing']}."]
     if records["objects"] or records["many"]:
         lines += ["", "## Targets", "", *tables.goals(records["objects"], records["many"])]
-        lines += _section("Where other methods do better", tables.rivals(records["objects"]), 3)
+        lines += _section("Where other methods do better", tables.rivals(tables.of_methods(records["objects"])), 3)
     for part in SINGLE:
         if records[part]:
             lines += _single(part, records[part], found[part]["chosen"], out)
@@ -95,8 +95,9 @@ def _results(found: Mapping[str, Any], out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _single(part: str, records: Sequence[Record], chosen: Mapping[str, Any], out: Path) -> list[str]:
-    first = records[0]["cell"]
+def _single(part: str, made: Sequence[Record], chosen: Mapping[str, Any], out: Path) -> list[str]:
+    records = tables.of_methods(made)
+    first = made[0]["cell"]
     lines = ["", f"## {part.capitalize()}", ""]
     lines.append(f"{first['images']} pictures per measure and concept, before and after; seeds from {first['seed']}.")
     lines += ["", *tables.comparison(records, chosen)]
@@ -110,7 +111,8 @@ def _single(part: str, records: Sequence[Record], chosen: Mapping[str, Any], out
     if (out / HOME / f"pictures-{part}.png").is_file():
         lines += ["", _PICTURES]
         lines += ["", f"![Pictures of the edited models, {part}](methods/pictures-{part}.png)"]
-    return lines + _section("Left out", tables.left_out(records), 3)
+    lines += _section(f"The parts of `{REFERENCE}`, {part}", tables.parts(made), 3)
+    return lines + _section(f"Left out, {part}", tables.left_out(made), 3)
 
 
 def _section(title: str, body: Sequence[str], level: int) -> list[str]:
@@ -132,7 +134,7 @@ def _numbers(found: Mapping[str, Any]) -> list[str]:
         cells = [f"[`{method}`]({_PAGES.get(METHODS[method].updater, METHODS[method].updater)}.md)"]
         shown = False
         for part in SINGLE:
-            by = tables.entries(found[part]["records"])
+            by = tables.entries(tables.of_methods(found[part]["records"]))
             mine = by.get((method, BEST)) or by.get((method, DEFAULT))
             for name in ("efficacy", "specificity_near", "specificity_far"):
                 value = pooled(name, mine, resamples=0).value if mine else None

@@ -29,6 +29,7 @@ class Method:
         many: whether it solves for several concepts at once.
         seconds: about what an edit by default takes on one idle core, for the plan.
         brief: settings that lower the work and not the memory, for the measurement of memory.
+        part: what it is about `quickfix` that this one leaves out or adds; empty for a method in its own right.
     """
 
     updater: str
@@ -37,6 +38,7 @@ class Method:
     many: bool = True
     seconds: float = 1.0
     brief: Setting = field(default_factory=dict)
+    part: str = ""
 
     @property
     def slow(self) -> bool:
@@ -63,8 +65,6 @@ _PAPER: Setting = {"everyday": 0, "give_up": None}  # lam alone, as in the paper
 METHODS: dict[str, Method] = {
     "quickfix": Method("quickfix", ({}, {"give_up": 0.05}, {"give_up": 0.3})),
     "quickfix-bare": Method("quickfix", ({}, {"give_up": 0.05}, {"give_up": 0.3}), preserve=False),
-    "quickfix-exact": Method("quickfix", ({"exact": "empty"},)),
-    "quickfix-named-only": Method("quickfix", (_PAPER,)),
     "quickfix-paper": Method("quickfix", tuple({**_PAPER, "lam": lam} for lam in (0.01, 0.001, 0.1)), preserve=False),
     "quickfix-published": Method("quickfix-published", ({}, {"lam": 0.1}, {"lam": 1.0})),
     "uce": Method("uce", ({}, {"lam": 0.05}, {"pairing": "every"})),
@@ -104,6 +104,20 @@ METHODS: dict[str, Method] = {
         many=False,
         seconds=20,
         brief=_TRAINING,
+    ),
+}
+# What `quickfix` is made of, a part at a time; the grids have one entry, so there is nothing to tune.
+METHODS |= {
+    "quickfix-fixed-lam": Method("quickfix", ({"give_up": None},), part="lam and everyday_weight as they stand"),
+    "quickfix-no-everyday": Method("quickfix", ({"everyday": 0},), part="without everyday captions"),
+    "quickfix-named-only": Method("quickfix", (_PAPER,), part="without both: named concepts are held, by lam alone"),
+    "quickfix-exact": Method("quickfix", ({"exact": "empty"},), part="the empty prompt moves by nothing at all"),
+    "quickfix-mlp": Method("quickfix", ({LOCATOR: _EARLY},), part="edits the first layer's MLP instead"),
+    "quickfix-traced": Method(
+        "quickfix",
+        ({LOCATOR: {"name": "causal-trace", "measure": "embedding", "sites": 2}},),
+        part="edits the two best sites of a causal trace",
+        seconds=4,
     ),
 }
 REFERENCE = "quickfix"

@@ -45,6 +45,25 @@ def comparison(records: Sequence[Record], chosen: Mapping[str, Any]) -> list[str
     return markdown(head, rows)
 
 
+def of_methods(records: Iterable[Record]) -> list[Record]:
+    """The records of methods in their own right: without those that show one part of the reference."""
+    return [record for record in records if not METHODS[record["cell"]["method"]].part]
+
+
+def parts(records: Sequence[Record]) -> list[str]:
+    """The reference, and beside it what happens without one of its parts or with another; nothing if none was run."""
+    by = {method: mine for (method, role), mine in entries(records).items() if role == DEFAULT}
+    chosen = {method: mine for method, mine in by.items() if method == REFERENCE or METHODS[method].part}
+    if len(chosen) < 2:
+        return []
+    rows = []
+    for method, mine in chosen.items():
+        size = [f"{median(r['edit']['bytes'] for r in mine if not r['refused']):,.0f}"] if _made(mine) else [""]
+        cells = [f"`{method}`", METHODS[method].part or "as it is", str(len(mine) - _refused(mine))]
+        rows.append(cells + [show(name, pooled(name, mine)) for name in HEADS] + size)
+    return markdown(["", "what differs", "concepts", *HEADS.values(), "edit, bytes"], rows)
+
+
 def shared(records: Sequence[Record]) -> list[Record]:
     """The records of those concepts that every method was measured on."""
     by = entries(records)

@@ -27,7 +27,7 @@ from diffedit.site import Location, TokenRule
 
 
 class CausalTracing(Locator):
-    """Traces the subject in its own prompts and takes the state with the largest indirect effect.
+    """Traces the subject in its own prompts and takes the states with the largest indirect effect.
 
     Attributes:
         component: `text_encoder` or `unet`.
@@ -37,6 +37,8 @@ class CausalTracing(Locator):
         tokens: token positions to restore in a text encoder; `each` gives every position a column of its own.
         edit_tokens: token rules that the chosen location may use. Every prompt has an end-of-text token, so an edit
             there reaches other concepts too; that is why `eos` is traced but not chosen by default.
+        sites: at most so many of the best states are edited together, all at the same tokens; each must be causal. The
+            updater shares the work among them.
         window: consecutive parts of one kind restored together; wider finds knowledge that is spread over layers.
         noise: standard deviation of the corruption in multiples of that of the word embeddings; too little leaves the
             concept in place.
@@ -58,6 +60,7 @@ class CausalTracing(Locator):
     kinds: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = Field(default=("last_subject", "all_subject", "eos"), min_length=1)
     edit_tokens: tuple[TokenRule, ...] = Field(default=(TokenRule.LAST_SUBJECT, TokenRule.ALL_SUBJECT), min_length=1)
+    sites: int = Field(default=1, ge=1)
     window: int = Field(default=1, ge=1)
     noise: float = Field(default=3.0, gt=0, allow_inf_nan=False)
     noise_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -75,7 +78,7 @@ class CausalTracing(Locator):
             NoCausalSiteError: no state of certain effect.
         """
         table = self.finish(self.tracer(backend, self.probes(requests), seed=requests[0].seed).all())
-        return table.locate(self.name, self.reference, self.effect, self.edit_tokens)
+        return table.locate(self.name, self.reference, self.effect, self.edit_tokens, self.sites)
 
     def probes(self, requests: Sequence[Request]) -> list[tuple[str, str]]:
         """(prompt, subject) pairs: evenly spread over the requests' templates, `prompts` per name."""

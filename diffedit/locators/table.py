@@ -147,6 +147,16 @@ class TraceTable:
         Raises:
             NoCausalSiteError: no state, or none whose interval lies above zero.
         """
+        return self.best_states(1, effect, rules)[0]
+
+    def best_states(
+        self, count: int, effect: Effect = "signed", rules: Sequence[TokenRule] | None = None
+    ) -> tuple[State, ...]:
+        """At most `count` causal states, the best first, all at the best one's positions; no two share a part.
+
+        Raises:
+            NoCausalSiteError: see `best_state`.
+        """
         self.check_total_effect()
         scores = self.scores(effect).reshape(-1)
         pool = [i for i, state in enumerate(self.states) if not np.isnan(scores[i])]
@@ -157,7 +167,8 @@ class TraceTable:
                 value=f"{self.component}: {', '.join(dict.fromkeys(part.kind for part in self.parts))}",
                 hint=f"trace self_attn, mlp or cross_attn at {', '.join(rules or TokenRule)}",
             )
-        best = self.states[max(pool, key=lambda i: (scores[i], -i))]
+        pool.sort(key=lambda i: (-scores[i], i))
+        best = self.states[pool[0]]
         if not best.causal:
             raise NoCausalSiteError(
                 "no state brings the concept back for certain",
@@ -165,16 +176,29 @@ class TraceTable:
                 cause="its 95% interval covers zero",
                 hint="add prompts or seeds; the knowledge may also be spread over many states",
             )
-        return best
+        chosen: list[State] = []
+        taken: set[Part] = set()
+        for state in (self.states[i] for i in pool):
+            members = set(self._members(state.part))
+            if len(chosen) < count and state.causal and state.column == best.column and not members & taken:
+                chosen.append(state)
+                taken |= members
+        return tuple(chosen)
 
     def locate(
-        self, method: str, reference: str, effect: Effect = "signed", rules: Sequence[TokenRule] = tuple(TokenRule)
+        self,
+        method: str,
+        reference: str,
+        effect: Effect = "signed",
+        rules: Sequence[TokenRule] = tuple(TokenRule),
+        count: int = 1,
     ) -> Location:
-        """The best state that can be edited at one of the token rules, as a location."""
-        best = self.best_state(effect, rules)
+        """The best states that can be edited at one of the token rules, at most `count`, as a location."""
+        chosen = self.best_states(count, effect, rules)
+        best = chosen[0]
         rule = TokenRule(best.column) if best.column in tuple(TokenRule) else rules[0]
-        sites = self._sites(best.part)
-        return Location(sites, rule, method, reference, tuple(best.effect.mean for _ in sites))
+        scores = {site: state.effect.mean for state in chosen for site in self._sites(state.part)}
+        return Location(tuple(sorted(scores)), rule, method, reference, tuple(scores[site] for site in sorted(scores)))
 
     def _members(self, part: Part) -> tuple[Part, ...]:
         return windows(self.parts, self.window)[self.parts.index(part)]

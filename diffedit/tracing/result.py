@@ -44,17 +44,19 @@ class CausalTrace(TraceTable):
     settings: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
-    def best(self, effect: Effect | None = None) -> Location:
-        """Where to edit: the state with the largest effect among those that an edit can reach.
+    def best(self, effect: Effect | None = None, sites: int | None = None) -> Location:
+        """Where to edit: the states with the largest effect among those that an edit can reach.
 
         Args:
             effect: the order of the states; default: the one that the trace was made with.
+            sites: at most so many states; default: as many as the locator says.
 
         Raises:
             NoCausalSiteError: the corruption did not remove the concept, or no state's effect is certain.
         """
         rules = tuple(TokenRule(rule) for rule in self.settings.get("edit_tokens", tuple(TokenRule)))
-        return self.locate(self.method, self.reference, effect or self.settings.get("effect", "signed"), rules)
+        order, count = effect or self.settings.get("effect", "signed"), sites or self.settings.get("sites", 1)
+        return self.locate(self.method, self.reference, order, rules, count)
 
     def plot(self, path: str | Path, effect: Effect | None = None) -> Path:
         """Draw the heat map: one panel per kind of part, layers from left to right, tokens from top to bottom.

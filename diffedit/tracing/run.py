@@ -32,7 +32,7 @@ from diffedit.traceable import traceable
 from diffedit.tracing.result import CausalTrace, finished, refuse_existing
 
 UNITS = "units"
-_BOOKKEEPING = ("batch_size", "effect", "edit_tokens", "least_total_effect", "seeds", "prompts")
+_BOOKKEEPING = ("batch_size", "effect", "edit_tokens", "least_total_effect", "seeds", "prompts", "sites")
 
 
 def trace(

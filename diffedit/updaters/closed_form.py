@@ -41,6 +41,7 @@ from diffedit.pairs import Pairs
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role
 from diffedit.updaters.everyday import everyday_metric
+from diffedit.updaters.layers import edited, in_turn
 from diffedit.updaters.tokens import PairWeights
 from diffedit.updaters.values import Recipe, ValueKind, key_values
 
@@ -111,20 +112,31 @@ class QuickFix(Updater):
         return self.everyday > 0 or self.exact != "none" or self.give_up is not None
 
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:
-        """One joint solve of all requests at each site of the location.
+        """One joint solve of all requests at each site of the location, in the order in which the sites run.
+
+        Several sites share the work: each reads the model under the edits so far and takes its part of what is still
+        missing (`layers.in_turn`).
 
         Raises:
             IllConditionedError: what must not change at all leaves nothing to edit.
         """
         prepared = [self._prepared(request) for request in requests]
         weights = [self._weights(request) for request in prepared]
-        recipe = Recipe(self.values, self.pair_tol, self._keep_bias)
-        pairs = key_values(backend, prepared, location.sites, location.tokens, weights, recipe)
-        if not self._priced:
-            return self.solve_pairs(pairs)
-        return self.solve_pairs(
-            {site: data.measured(self.metric(backend, site, prepared)) for site, data in pairs.items()}
-        )
+        metrics = {site: self.metric(backend, site, prepared) for site in location.sites if self._priced}
+        whole = Delta({})
+        for shares in in_turn(location.sites):
+            recipe = Recipe(self.values, self.pair_tol, self._keep_bias, shares)
+            with edited(backend, whole.factors):
+                pairs = key_values(backend, prepared, sorted(shares), location.tokens, weights, recipe)
+            if self._priced:
+                pairs = {site: data.measured(metrics[site]) for site, data in pairs.items()}
+            part = self.solve_pairs(pairs)
+            whole = Delta(
+                {**whole.factors, **part.factors},
+                {**whole.diagnostics, **part.diagnostics},
+                {**whole.pairs, **part.pairs},
+            )
+        return whole
 
     def solve_pairs(self, pairs: Mapping[EditSite, Pairs]) -> Delta:
         """The same solve from pairs that were collected before."""

@@ -16,19 +16,17 @@ Source: Meng et al. 2023 (MEMIT, arXiv 2210.07229), eq. 14, 19 and 20; a and w a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffedit.delta import LowRank
 from diffedit.interfaces import Backend
 from diffedit.linalg.solve import RidgeSolution, ridge_factors
 from diffedit.site import EditSite
-from diffedit.updaters.steering import layer_of
+from diffedit.updaters.layers import edited
 
 
 @dataclass(frozen=True)
@@ -113,25 +111,3 @@ def spread(
             moment_root=roots[site].to(keys) * (balance.moment * (1.0 - balance.edit)) ** 0.5,
         )
     return solved
-
-
-@contextmanager
-def edited(backend: Backend, changes: Mapping[EditSite, LowRank]) -> Iterator[None]:
-    """The model as if these changes were in its weights, inside the block; nothing is written."""
-    handles = []
-    try:
-        for site, change in changes.items():
-            handles.append(layer_of(backend, site).register_forward_hook(_adding(change)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _adding(change: LowRank) -> Any:
-    up, down = change.up.double(), change.down.double()
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return (output.double() + (args[0].double() @ down.T) @ up.T).to(output.dtype)
-
-    return hook

@@ -32,6 +32,7 @@ from diffedit.errors import NonFiniteError, NoOpError, RequestError, Unsupported
 from diffedit.interfaces import Backend
 from diffedit.request import Request
 from diffedit.site import EditSite, Role
+from diffedit.updaters.layers import layer_of
 
 
 @dataclass(frozen=True)
@@ -110,23 +111,6 @@ class Fact:
 
 Aim = Callable[[Understood], tuple[Tensor, float]]
 """Loss (a scalar), and how near it is: 1 is there."""
-
-
-def layer_of(backend: Backend, site: EditSite) -> nn.Module:
-    """The one module of the site's component that holds its weight.
-
-    Raises:
-        UnsupportedModelError: there is none, or several.
-    """
-    component: Any = getattr(backend.model.pipeline, site.component, None)
-    weight = backend.weight(site)
-    owners: list[nn.Module] = (
-        [m for m in component.modules() if getattr(m, "weight", None) is weight] if component else []
-    )
-    if len(owners) != 1:
-        cause = "no single module of the pipeline holds its weight"
-        raise UnsupportedModelError("the layer cannot be steered", value=site.name, cause=cause)
-    return owners[0]
 
 
 def check_one_encoder(backend: Backend, updater: str) -> None:

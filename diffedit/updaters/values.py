@@ -23,8 +23,8 @@ same bits whether it was made alone or with others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -63,11 +63,13 @@ class Recipe:
         kind: see the module's text.
         tol: see `diffedit.linalg.rows.reduce_rows`.
         keep_bias: leave the bias in the wanted values, as the released Diff-QuickFix does.
+        shares: which part of the residuals a site is to write; all of them if it is not named.
     """
 
     kind: ValueKind
     tol: float
     keep_bias: bool = False
+    shares: Mapping[EditSite, float] = field(default_factory=dict)
 
 
 def key_values(
@@ -150,7 +152,7 @@ def _collect(
         for which, part in listed.parts(_PAIRS):
             for site in sites:
                 keys, residuals = _differences(backend, site, read[which], part, rows, recipe, norms[site])
-                reduced = _reduced(keys, residuals, read[which], part, recipe.tol)
+                reduced = _reduced(keys, residuals, read[which], part, recipe.tol, recipe.shares.get(site, 1.0))
                 out[site].update(zip(portion[which], reduced, strict=True))
                 owners = (i for i, count in zip(portion[which], part.counts, strict=True) for _ in range(count))
                 for i, row in zip(owners, keys.cpu().numpy(), strict=True):
@@ -205,13 +207,17 @@ def _differences(
     return keys, residuals
 
 
-def _reduced(keys: Tensor, residuals: Tensor, entries: Sequence[Entry], listed: Listed, tol: float) -> list[_Numbers]:
+def _reduced(
+    keys: Tensor, residuals: Tensor, entries: Sequence[Entry], listed: Listed, tol: float, share: float
+) -> list[_Numbers]:
     """Each entry's rows, as the edit keeps them; entries with equally many pairs go together."""
     out: dict[int, _Numbers] = {}
     counts = torch.tensor(listed.counts)
     starts = counts.cumsum(0) - counts
     scale = torch.tensor(listed.weights, dtype=torch.float64, device=keys.device)
-    strength = torch.tensor([entry.request.strength for entry in entries], dtype=torch.float64, device=keys.device)
+    strength = share * torch.tensor(
+        [entry.request.strength for entry in entries], dtype=torch.float64, device=keys.device
+    )
     sizes = torch.unique(counts).tolist()
     for n in sizes:
         members = (counts == n).nonzero().flatten()

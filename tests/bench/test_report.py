@@ -45,6 +45,7 @@ def run(tmp_path):
         found += [(cell("uce", (name,)), record(cell("uce", (name,)), 10, lost=2))]
         best = cell("uce", (name,), BEST, setting={"lam": 0.05})
         found += [(best, record(best, 10, lost=5))]
+        found += [(cell("quickfix-mlp", (name,)), record(cell("quickfix-mlp", (name,)), 8))]
     slow = cell("esd", ("fox",))
     found += [(slow, record(slow, 3))]
     bad = cell("locoedit", ("fox",))
@@ -84,6 +85,10 @@ def test_pages_from_a_run_and_again_from_the_published_json_alone(run, tmp_path)
     assert "| `quickfix` | default, the best | 2 | 100.0%" in text
     assert "`locoedit` (default) refused 1 of 1 edits, such as fox: NoCausalSiteError: none" in text
     assert "measured on (fox)" in text
+    own, _, of_parts = text.partition("### The parts of `quickfix`, objects")
+    assert "`quickfix-mlp`" not in own
+    assert "| `quickfix-mlp` | edits the first layer's MLP instead | 2 | 100.0%" in of_parts
+    assert "| `quickfix` | as it is | 2 | 100.0%" in of_parts
     assert "| `uce` | default | 2.00 | 2.5 | 20.0 | 3.0 | 1,000 | 500 |" in text
     assert "| `uce` | lam=0.05 | 90.0%" in text
     assert "stale" not in index
@@ -110,7 +115,7 @@ def test_published_json_is_one_record_a_line_and_nothing_of_the_machine(run, tmp
     folder, cells = run
     report.publish(folder, cells, {}, tmp_path)
     data = (tmp_path / "results" / "methods" / "objects.json").read_text()
-    assert len(json.loads(data)["records"]) == 8
+    assert len(json.loads(data)["records"]) == 10
     assert str(tmp_path) not in data
     assert not (tmp_path / "results" / "methods" / "styles.json").exists()
     assert {path.stem for path in (tmp_path / "results" / "methods").glob("*.json")} <= set(PARTS)

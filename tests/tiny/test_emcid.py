@@ -21,7 +21,8 @@ from diffedit.updaters import emcid as emcid_module
 from diffedit.updaters.emcid import EMCID
 from diffedit.updaters.everyday import second_moment
 from diffedit.updaters.finetune.distil import NoiseMatch
-from diffedit.updaters.spread import Balance, Concept, edited, mean_states, spread
+from diffedit.updaters.layers import edited
+from diffedit.updaters.spread import Balance, Concept, mean_states, spread
 from diffedit.updaters.steering import Descent, Steering
 from tests.finetune.conftest import listening
 from tests.oracle.strategies import close

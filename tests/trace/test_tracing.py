@@ -68,6 +68,24 @@ def test_a_window_that_wins_is_edited_as_a_whole(planted):
     assert [site.layer for site in found.sites] == [0, 1] and len(found.scores) == 2
 
 
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_trace_names_as_many_sites_as_are_asked_for_and_causal(plain, planted, asked):
+    request = make_request(subject="dog", target="cat")
+    locator = CausalTracing(
+        measure="embedding", seeds=2, prompts=2, sites=asked, tokens=("eos",), edit_tokens=(TokenRule.EOS,)
+    )
+    table = locator.finish(locator.tracer(plain, locator.probes([request])).all())
+    states = table.best_states(asked, rules=locator.edit_tokens)
+    pool = [s for s in table.states if s.causal and s.part.sites and s.column == states[0].column]
+    assert 1 <= len(states) == min(asked, len(pool))
+    assert [s.effect.mean for s in states] == sorted((s.effect.mean for s in pool), reverse=True)[: len(states)]
+    found = locator.locate(plain, [request])
+    assert len(found.sites) == len(found.scores) == len(states)
+    assert dict(zip(found.sites, found.scores, strict=True)) == {s.part.sites[0]: s.effect.mean for s in states}
+    (one,) = locator.locate(planted, [request]).sites
+    assert one.layer == 1  # the only causal part, however many are asked for
+
+
 def test_equal_positions_are_run_once_and_score_the_same(plain):
     table = run(plain, [("a dog", "dog")], tokens=("last_subject", "all_subject", "each"))
     tracer = CausalTracing(measure="embedding", tokens=("last_subject", "all_subject")).tracer(
