@@ -10,8 +10,9 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from diffedit.linalg.rows import reduce_rows as reduce_rows
 
 MANY = 4  # rows per dimension beyond which the metric takes less room than spreads, and its solve less time
 
+_BLOCK = 4096
 _SAME = 1e-9
 DISAGREE = 1e-3  # of what is wanted; pairs are kept in float32
 
@@ -71,6 +73,9 @@ class Held:
         return self.name.casefold(), self.group
 
 
+_Entry = TypeVar("_Entry", Wanted, Held)
+
+
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Everything that a solve needs at one site.
@@ -95,13 +100,23 @@ class Pairs:
         residuals = _joined([entry.residuals for entry in self.wanted])
         return keys, residuals, _joined([entry.keys for entry in self.held]) if self.held else keys[:0]
 
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same keys and residuals some thousand rows at a time, in the precision in which they are kept."""
+        for part in _portions(self.wanted):
+            yield torch.cat([entry.keys for entry in part]), torch.cat([entry.residuals for entry in part])
+
+    def held_blocks(self) -> Iterator[Tensor]:
+        """The preserve keys in the same way."""
+        for part in _portions(self.held):
+            yield torch.cat([entry.keys for entry in part])
+
     def measured(self, metric: Metric) -> Pairs:
         """The same pairs with their spreads in a metric, or with the metric; both rounded to float32 like the keys.
 
         Raises:
             IllConditionedError: the metric excludes every wanted key.
         """
-        metric.check_room(_joined([entry.keys for entry in self.wanted]))
+        metric.check_room(keys for keys, _ in self.blocks())
         rows: list[Wanted | Held] = [*self.wanted, *self.held]
         sizes = [len(entry.keys) for entry in rows]
         if sum(sizes) > MANY * metric.root.shape[1]:
@@ -229,6 +244,20 @@ def _joined(parts: list[Tensor]) -> Tensor:
     """All rows in float64, without a float32 copy of them on the way."""
     out = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], dtype=torch.float64)
     return torch.cat(parts, out=out)
+
+
+def _portions(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
+    """The entries in order, in runs of at least `_BLOCK` rows but for the last."""
+    part: list[_Entry] = []
+    rows = 0
+    for entry in entries:
+        part.append(entry)
+        rows += len(entry.keys)
+        if rows >= _BLOCK:
+            yield part
+            part, rows = [], 0
+    if part:
+        yield part
 
 
 def _basis(entry: Wanted) -> Tensor:

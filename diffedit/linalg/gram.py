@@ -57,7 +57,7 @@ def gram_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float) ->
     n, d = keys.shape
     if n + len(others) < d:
         return _wide(keys, residuals, others, lam)
-    own, held = _gram(keys), _gram(others)
+    own, held = gram(keys), gram(others)
     a = own + held
     a.diagonal().add_(lam)
     factor, condition, rank = _factorise(a, lam, d)
@@ -101,7 +101,7 @@ def tall_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float, cu
     return _measured(keys, residuals, others, change, _identity(keys), condition, rank)
 
 
-def _gram(rows: Tensor) -> Tensor:
+def gram(rows: Tensor) -> Tensor:
     """rows^T rows, [d, d]; below the diagonal it is copied, not computed, which saves nearly half of the work."""
     d = rows.shape[1]
     out = rows.new_empty(d, d)

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import IllConditionedError, NonFiniteError, RequestError
+from diffedit.linalg.gram import gram
 
 _RANK_TOL = 1e-10
 _ROOM = 1e-6
@@ -121,12 +122,16 @@ class Metric:
         found = self._whiten(rows)
         return found - (found @ self.excluded.T) @ self.excluded if len(self.excluded) else found
 
-    def check_room(self, rows: Tensor) -> None:
-        """Raise `IllConditionedError` if nothing of these rows [n, d] is left outside what is excluded."""
+    def check_room(self, blocks: Iterable[Tensor]) -> None:
+        """Raise `IllConditionedError` if nothing of these rows [b, d] is left outside what is excluded."""
         if not len(self.excluded):
             return
-        left, whole = (float(torch.linalg.vector_norm(part)) for part in (self.white(rows), self._whiten(rows)))
-        if left <= _ROOM * whole:
+        left = whole = 0.0
+        for rows in blocks:
+            white = self._whiten(rows)
+            whole += float(white.square().sum())
+            left += float((white - (white @ self.excluded.T) @ self.excluded).square().sum())
+        if left <= _ROOM**2 * whole:
             raise IllConditionedError(
                 "nothing of the edit is left",
                 value=f"{len(self.excluded)} of {self.root.shape[1]} dimensions must not change",
@@ -162,23 +167,18 @@ class TradeOff:
     """The solutions for all factors t at once.
 
     Attributes:
-        residuals: [n, d_out] float64, what is wanted, weights folded in.
+        wanted: |R|, the Frobenius norm of what is wanted, weights folded in.
         energies: eigenvalues g.
         undone: t -> (|E| of the wanted rows, |E| of the held rows).
         cost: t -> tr(D A0 D^T).
         solve: t -> the factors up [d_out, r], down [r, d].
     """
 
-    residuals: Tensor
+    wanted: float
     energies: Tensor
     undone: Callable[[float], tuple[float, float]]
     cost: Callable[[float], float]
     solve: Callable[[float], tuple[Tensor, Tensor]]
-
-    @cached_property
-    def wanted(self) -> float:
-        """|R|."""
-        return float(torch.linalg.vector_norm(self.residuals))
 
     def efficacy(self, t: float) -> float:
         """Share of the request that is carried out at the edited layer, 0 to 1."""
@@ -226,42 +226,54 @@ def from_spread(keys: Tensor, residuals: Tensor, spread: Tensor) -> TradeOff:
     def solve(t: float) -> tuple[Tensor, Tensor]:
         return residuals.T.contiguous(), ((u[:n] / (g + t)) @ u.T) @ spread
 
-    return TradeOff(residuals, g, undone, cost, solve)
+    return TradeOff(float(torch.linalg.vector_norm(residuals)), g, undone, cost, solve)
 
 
-def from_metric(keys: Tensor, residuals: Tensor, metric: Metric) -> TradeOff:
+def from_metric(wanted: Iterable[tuple[Tensor, Tensor]], held: Iterable[Tensor], metric: Metric) -> TradeOff:
     """The same from the metric itself: for at least as many rows as a key has numbers.
 
+    The rows come in blocks, of which one at a time is whitened and multiplied in float64; what stays is d x d.
+
     Args:
-        keys: as in `from_spread`.
-        residuals: likewise.
+        wanted: at least one block of keys [b, d] and residuals [b, d_out], weights folded in.
+        held: blocks [b, d] of the rows that are to stay.
         metric: the metric.
     """
-    n, d = len(residuals), keys.shape[1]
-    white = metric.white(keys)
-    mine = white[:n].T @ white[:n]
-    g, v = torch.linalg.eigh(mine + white[n:].T @ white[n:])
+    d = metric.root.shape[1]
+    mine, still = metric.root.new_zeros(2, d, d)
+    crossed, size, n = metric.root.new_zeros(d, 1), 0.0, 0
+    few: list[tuple[Tensor, Tensor]] = []  # the rows themselves, as long as there are fewer than d of them
+    for keys, residuals in wanted:
+        white, asked = metric.white(keys), residuals.double()
+        mine = mine.to(white.device) + gram(white)
+        crossed = crossed.to(white.device) + white.T @ asked
+        size += float(asked.square().sum())
+        n += len(white)
+        few = [*few, (white, asked)] if n < d else []
+    for keys in held:
+        still = still.to(keys.device) + gram(metric.white(keys))
+    g, v = torch.linalg.eigh(mine + still.to(mine.device))
     g = g.clamp(min=0.0)
-    crossed = v.T @ (white[:n].T @ residuals)
+    crossed = v.T @ crossed
     energy = crossed @ crossed.T
     own, every = (v.T @ mine @ v) * energy, energy.diagonal()
-    wanted = float(residuals.square().sum())
 
     def undone(t: float) -> tuple[float, float]:
         gain = 1 / (g + t)
         hit = float(gain @ own @ gain)
-        asked = wanted - 2 * float(every @ gain) + hit
-        return max(asked, 0.0) ** 0.5, max(float((every * g) @ gain.square()) - hit, 0.0) ** 0.5
+        left = size - 2 * float(every @ gain) + hit
+        return max(left, 0.0) ** 0.5, max(float((every * g) @ gain.square()) - hit, 0.0) ** 0.5
 
     def cost(t: float) -> float:
         return float((every / (g + t).square()).sum())
 
     def solve(t: float) -> tuple[Tensor, Tensor]:
-        if n < d:
-            return residuals.T.contiguous(), metric.back(((white[:n] @ v) / (g + t)) @ v.T)
-        return metric.back((crossed / (g + t)[:, None]).T @ v.T), torch.eye(d, dtype=keys.dtype, device=keys.device)
+        if few:
+            white, asked = (torch.cat(parts) for parts in zip(*few, strict=True))
+            return asked.T.contiguous(), metric.back(((white @ v) / (g + t)) @ v.T)
+        return metric.back((crossed / (g + t)[:, None]).T @ v.T), torch.eye(d, dtype=g.dtype, device=g.device)
 
-    return TradeOff(residuals, g, undone, cost, solve)
+    return TradeOff(size**0.5, g, undone, cost, solve)
 
 
 def _check_lam(lam: float) -> None:

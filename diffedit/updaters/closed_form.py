@@ -173,11 +173,11 @@ class QuickFix(Updater):
         """
         if not pairs.metric:
             raise RequestError("the edit has no trade-off", cause="it was solved with everyday=0 and give_up=None")
-        keys, residuals, held = pairs.stack()
         root_weight = self.preserve_weight**0.5
-        rows = torch.cat([keys, root_weight * held])
         if pairs.price is not None:
-            return from_metric(rows, residuals, pairs.price)
+            return from_metric(pairs.blocks(), (root_weight * rows for rows in pairs.held_blocks()), pairs.price)
+        keys, residuals, held = pairs.stack()
+        rows = torch.cat([keys, root_weight * held])
         spread = pairs.spreads()
         if spread is None:
             raise NotComposableError("the pairs say not in which metric they were solved", value=pairs.metric)

@@ -35,7 +35,10 @@ class Problem:
     def ways(self, metric: Metric | None = None) -> list[TradeOff]:
         metric = metric or self.metric
         spread = metric.back(metric.white(self.rows))
-        return [from_spread(self.rows, self.residuals, spread), from_metric(self.rows, self.residuals, metric)]
+        n = len(self.residuals)
+        blocks = [(self.rows[i : min(i + 3, n)], self.residuals[i : i + 3]) for i in range(0, n, 3)]
+        held = [self.rows[i : i + 2] for i in range(n, len(self.rows), 2)]
+        return [from_spread(self.rows, self.residuals, spread), from_metric(blocks, held, metric)]
 
     def objective(self, change: torch.Tensor, t: float) -> torch.Tensor:
         k, q = torch.from_numpy(self.k), torch.from_numpy(self.q)
@@ -118,9 +121,9 @@ def test_nothing_left_to_edit_is_refused():
     p = Problem(4, 2, 0, 6, 3)
     metric = p.metric.exclude(torch.cat([p.rows, torch.from_numpy(p.root[:1])]))
     with pytest.raises(IllConditionedError, match="nothing of the edit is left"):
-        metric.check_room(p.rows)
-    p.metric.exclude(p.rows[:1]).check_room(p.rows)  # control: the other key is free
-    p.metric.check_room(p.rows)
+        metric.check_room([p.rows])
+    p.metric.exclude(p.rows[:1]).check_room([p.rows])  # control: the other key is free
+    p.metric.check_room([p.rows])
 
 
 @ORACLE
@@ -163,7 +166,10 @@ def test_an_ill_conditioned_moment_loses_few_digits():
     lam = 1e-6
     metric = Metric.build(lam, root, 30)
     oracle = ridge_factors(keys, residuals, lam=lam, moment_root=root)
-    for curve in (from_spread(keys, residuals, metric.back(metric.white(keys))), from_metric(keys, residuals, metric)):
+    for curve in (
+        from_spread(keys, residuals, metric.back(metric.white(keys))),
+        from_metric([(keys, residuals)], [], metric),
+    ):
         assert close(dense(curve, 1.0), (oracle.up @ oracle.down).numpy(), 1e-5)
 
 
