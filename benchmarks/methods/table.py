@@ -76,7 +76,7 @@ METHODS: dict[str, Method] = {
         seconds=6,
         brief={"steps": 3},
     ),
-    "emcid": Method("emcid", ({}, {"moment_weight": 400.0}, {"moment_weight": 40.0}), seconds=8, brief={"steps": 3}),
+    "emcid": Method("emcid", ({}, {"moment_weight": 400.0}, {"moment_weight": 40.0}), seconds=50, brief={"steps": 3}),
     "esd": Method(
         "esd",
         ({}, {"learning_rate": 2e-4, "steps": 60}, {"learning_rate": 5e-4, "steps": 60}),
