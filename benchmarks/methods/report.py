@@ -111,6 +111,7 @@ def _single(part: str, made: Sequence[Record], chosen: Mapping[str, Any], out: P
     if (out / HOME / f"pictures-{part}.png").is_file():
         lines += ["", _PICTURES]
         lines += ["", f"![Pictures of the edited models, {part}](methods/pictures-{part}.png)"]
+    lines += _section(f"Each concept, `{REFERENCE}` by default, {part}", tables.each(records), 3)
     lines += _section(f"The parts of `{REFERENCE}`, {part}", tables.parts(made), 3)
     return lines + _section(f"Left out, {part}", tables.left_out(made), 3)
 

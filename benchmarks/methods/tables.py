@@ -64,6 +64,24 @@ def parts(records: Sequence[Record]) -> list[str]:
     return markdown(["", "what differs", "concepts", *HEADS.values(), "edit, bytes"], rows)
 
 
+def each(records: Iterable[Record]) -> list[str]:
+    """What the reference by default did to every concept: pictures of those that the judge had recognised before."""
+    rows = []
+    for record in records:
+        if not _is(record, REFERENCE, DEFAULT) or record["refused"]:
+            continue
+        counts = []
+        for group, gone in (("efficacy", True), ("generality", True), ("near", False), ("far", False)):
+            mine = [row for row in record["rows"] if row["group"] == group]
+            before, kept = (sum(row[what] for row in mine) for what in ("before", "kept"))
+            counts.append(f"{before - kept if gone else kept} of {before}")
+        others = [row for row in record["rows"] if row["group"] in ("near", "far") and row["kept"] < row["before"]]
+        lost = ", ".join(dict.fromkeys(row["name"] for row in others)) or "none"
+        rows.append([record["cell"]["concepts"][0], *(record["edit"]["target"] or [""]), *counts, lost])
+    head = ["edited", "to", "gone", "gone in unseen prompts", "near kept", "far kept", "lost in a picture"]
+    return markdown(head, rows) if rows else []
+
+
 def shared(records: Sequence[Record]) -> list[Record]:
     """The records of those concepts that every method was measured on."""
     by = entries(records)

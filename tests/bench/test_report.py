@@ -85,6 +85,7 @@ def test_pages_from_a_run_and_again_from_the_published_json_alone(run, tmp_path)
     assert "| `quickfix` | default, the best | 2 | 100.0%" in text
     assert "`locoedit` (default) refused 1 of 1 edits, such as fox: NoCausalSiteError: none" in text
     assert "measured on (fox)" in text
+    assert "| fox |  | 10 of 10 | 10 of 10 | 9 of 10 | 9 of 10 | near, far |" in text
     own, _, of_parts = text.partition("### The parts of `quickfix`, objects")
     assert "`quickfix-mlp`" not in own
     assert "| `quickfix-mlp` | edits the first layer's MLP instead | 2 | 100.0%" in of_parts
