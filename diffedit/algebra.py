@@ -7,6 +7,9 @@ Scaling multiplies the residuals, in which the solve is linear.
 
 Two rules make the result independent of order and history: requests stand in the order of their canonical JSON, and
 what one request edits no other request preserves.
+
+Limits: an edit of several sites of one encoder is taken site by site, from the pairs that each site was solved from; a
+joint run would read the later sites under slightly other changes of the earlier ones.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from diffedit.errors import BaseMismatchError, NotComposableError, RequestError
 from diffedit.io.files import delta_to_tensors, tensor_records
 from diffedit.io.manifest import Manifest, canonical_json, diagnostics_dict
 from diffedit.io.pairs import pairs_records
-from diffedit.pairs import DISAGREE, Pairs, check_contradictions, disagreement, main_keys
+from diffedit.pairs import DISAGREE, Pairs, check_contradictions, check_exclusion, disagreement, main_keys
 from diffedit.request import Request, make_request
 from diffedit.site import EditSite
 
@@ -95,7 +98,7 @@ def without(part: Part, names: Sequence[str]) -> Part:
 
     Raises:
         RequestError: the edit has no such subject, or nothing would be left.
-        NotComposableError: the edit has no pairs.
+        NotComposableError: the edit has no pairs, or its metric excludes what only they preserved.
     """
     manifest, delta = part
     gone = {name.casefold() for name in names}
@@ -112,7 +115,10 @@ def without(part: Part, names: Sequence[str]) -> Part:
     requests = tuple(manifest.requests[i] for i in chosen)
     edited = [name for request in requests for name in request.names]
     preserve = [request.preserve for request in requests]
-    pairs = {site: data.select(chosen, preserve, edited) for site, data in _pairs_of(manifest, delta).items()}
+    before = _pairs_of(manifest, delta)
+    pairs = {site: data.select(chosen, preserve, edited) for site, data in before.items()}
+    for site, data in before.items() if manifest.updater.settings.get("exact") == "preserve" else ():
+        check_exclusion(data, pairs[site])
     reasons = tuple(manifest.target_reasons[i] for i in chosen)
     return _solved(manifest, requests, reasons, pairs, [manifest.edit_id])
 

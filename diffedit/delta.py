@@ -156,7 +156,7 @@ class Diagnostics:
     """What the solve of one site reported; see `linalg.solve.RidgeSolution` for the meaning of each number.
 
     `relative_norm` is |D| / |W|, `pairs` and `preserved` the numbers of keys that went in, `factor` what the
-    regularisation was multiplied by (`linalg.metric`).
+    regularisation was multiplied by (`linalg.curve`).
     """
 
     condition: float

@@ -1,16 +1,19 @@
 """How the time and the memory of an edit grow from small parts of it, which were tried, to the whole.
 
-Time: a + b p + c r min(r, d) for p prompts and r rows of keys of width d. Each weight is tried, hashed and written;
-each prompt is a pass of the model; a solve of r equations in d unknowns is quadratic in the smaller number.
+Time: a + b p + c (r d m + e m^3) for p prompts and r rows of keys of width d, m = min(r, d). Each weight is tried,
+hashed and written; each prompt is a pass of the model; a solve multiplies r x d by itself and decomposes an m x m
+matrix, with e = 10 for the eigenvalues that a metric needs, else 1/3.
 
 Memory is a peak, the largest of three, and the one that counts for the whole may be hidden in a part under another. So
 each is measured by itself and grows by its own law. With P the bytes of the pairs that are kept:
 
-    reading      P + a + b min(p, `PROMPTS`)     prompts are read in portions of so many
-    solving      P + 5 P + a + b min(r, d)       the pairs in float64, weighted, their products; matrices d x d
-    finishing    P + a + b min(r, d)             the trial, hashes and the write
+    reading              P + a min(p, `PROMPTS`)^b       b <= 1: prompts share tokens, and are read in such portions
+    solving              P + 5 P + a + b min(r, d)       the pairs in float64, weighted, their products; matrices d x d
+    solving in blocks    P + B + a + b min(r, d)         for more than `MANY` rows per dimension of a metric
+    finishing            P + a + b min(r, d)             the trial, hashes and the write
 
-P is in proportion to the rows. These are bytes of live tensors; a process grows by more, since its allocator keeps
+B is `_BLOCKS` blocks of keys and residuals in float64; rows that go in blocks keep no spreads: P is smaller then. P is
+in proportion to the rows. These are bytes of live tensors; a process grows by more, since its allocator keeps
 freed blocks of other sizes: `HELD` times as much, where 1.1 to 2.1 was measured with glibc.
 
 Limits: what is set up once per model (hashes, the second moment of everyday captions) is tried before the parts are
@@ -20,17 +23,18 @@ measured and is not in either figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diffedit.edit import Edit
 from diffedit.metering import extrapolate
-from diffedit.pairs import MANY
+from diffedit.pairs import BLOCK, MANY, Pairs
 from diffedit.request import Request
 from diffedit.updaters.tokens import PROMPTS
 
 HELD = 1.5
-_SINGLE = 4  # bytes of a float32 number
+_SINGLE, _DOUBLE = 4, 8  # bytes of a number
+_BLOCKS = 2.5  # of keys and residuals at once
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,13 @@ class _Size:
         prompts: that are run.
         rows: of keys, asked for and held, at one site on average.
         pairs: bytes of all sites' pairs.
+        blocks: bytes of the blocks in which rows are solved; 0 if all are solved at once.
     """
 
     prompts: int
     rows: float
     pairs: float
+    blocks: float = 0.0
 
 
 def expected(parts: Sequence[Part], requests: Sequence[Request], width: int) -> tuple[float, int]:
@@ -124,28 +130,69 @@ def expected(parts: Sequence[Part], requests: Sequence[Request], width: int) -> 
     rows = grown(parts, [_rows(part)[0] for part in parts], share) + held * kept
     sites = max(1, len(last.edit.delta.pairs or {}))
     pairs = sizes[-1].pairs * rows / max(1, asked + held)
-    whole = _Size(prompts, rows / sites, pairs)
-    timed = [(1.0, float(size.prompts), size.rows * min(size.rows, width)) for size in sizes]
-    wanted = (1.0, float(whole.prompts), whole.rows * min(whole.rows, width))
-    seconds = extrapolate(timed, [part.seconds for part in parts], wanted)
+    blocks = _blocks(last.edit, rows / sites, width)
+    if blocks and not sizes[-1].blocks:
+        pairs *= 1 - _spreads(last.edit) / max(1.0, sizes[-1].pairs)
+    whole = _Size(prompts, rows / sites, pairs, blocks)
+    cubic = 10.0 if any(at_site.metric for at_site in (last.edit.delta.pairs or {}).values()) else 1 / 3
+    timed = [(1.0, float(size.prompts), _products(size.rows, width, cubic)) for size in (*sizes, whole)]
+    seconds = extrapolate(timed[:-1], [part.seconds for part in parts], timed[-1])
     peaks = [
-        _peak(sizes, [part.memory.reading for part in parts], whole, 1, PROMPTS, None),
-        _peak(sizes, [part.memory.solving for part in parts], whole, 6, None, width),
-        _peak(sizes, [part.memory.finishing for part in parts], whole, 1, None, width),
+        _reading(sizes, [part.memory.reading for part in parts], whole),
+        _peak(sizes, [part.memory.solving for part in parts], whole, _solving, width),
+        _peak(sizes, [part.memory.finishing for part in parts], whole, _kept, width),
     ]
     return seconds, round(HELD * max(peaks))
 
 
+def _products(rows: float, width: int, cubic: float) -> float:
+    """Multiplications of a solve, about."""
+    least = min(rows, width)
+    return rows * width * least + cubic * least**3
+
+
+def _kept(size: _Size) -> float:
+    return size.pairs
+
+
+def _solving(size: _Size) -> float:
+    return size.pairs + size.blocks if size.blocks else 6 * size.pairs
+
+
+def _reading(sizes: Sequence[_Size], seen: Sequence[int], whole: _Size) -> float:
+    """The peak of reading: what is kept, and what grows as it grew between the last parts, at most in proportion."""
+    rest = [max(1.0, peak - size.pairs) for peak, size in zip(seen, sizes, strict=True)]
+    prompts = [min(size.prompts, PROMPTS) for size in (*sizes, whole)]
+    power = 1.0
+    if len(rest) > 1 and prompts[-2] > prompts[-3]:
+        power = math.log(rest[-1] / rest[-2]) / math.log(prompts[-2] / prompts[-3])
+    return whole.pairs + rest[-1] * float((prompts[-1] / prompts[-2]) ** min(1.0, max(0.0, power)))
+
+
 def _peak(
-    sizes: Sequence[_Size], seen: Sequence[int], whole: _Size, copies: int, prompts: int | None, rows: int | None
+    sizes: Sequence[_Size], seen: Sequence[int], whole: _Size, certain: Callable[[_Size], float], width: int
 ) -> float:
-    """One phase's peak: so many times the pairs, and what grows with prompts or rows up to a most."""
+    """Another phase's peak: what it certainly holds, and what grows with the rows up to `width`."""
+    rest = [max(1.0, peak - certain(size)) for peak, size in zip(seen, sizes, strict=True)]
+    features = [(1.0, min(size.rows, width)) for size in (*sizes, whole)]
+    return certain(whole) + extrapolate(features[:-1], rest, features[-1])
 
-    def features(size: _Size) -> tuple[float, float]:
-        return 1.0, float(min(size.prompts, prompts)) if prompts else min(size.rows, rows or 0)
 
-    rest = [max(1.0, peak - copies * size.pairs) for peak, size in zip(seen, sizes, strict=True)]
-    return copies * whole.pairs + extrapolate([features(size) for size in sizes], rest, features(whole))
+def _blocks(edit: Edit, rows: float, width: int) -> float:
+    """Bytes of the blocks that so many rows per site are solved in; 0 if they are solved at once."""
+    pairs = (edit.delta.pairs or {}).values()
+    if rows <= MANY * width or not any(at_site.metric for at_site in pairs):
+        return 0.0
+    return float(_BLOCKS * min(rows, BLOCK) * max(sum(_widths(at_site)) for at_site in pairs) * _DOUBLE)
+
+
+def _widths(pairs: Pairs) -> tuple[int, int]:
+    first = pairs.wanted[0]
+    return first.keys.shape[1], first.residuals.shape[1]
+
+
+def _spreads(edit: Edit) -> float:
+    return float(sum(part.nbytes for pairs in (edit.delta.pairs or {}).values() for part in pairs.spread_parts()))
 
 
 def _rows(part: Part) -> tuple[int, int]:
@@ -166,7 +213,9 @@ def _size(part: Part) -> _Size:
         )
         if tensor is not None
     }
-    return _Size(part.prompts, sum(_rows(part)) / max(1, len(pairs)), sum(tensors.values()))
+    rows = sum(_rows(part)) / max(1, len(pairs))
+    width = max((at_site.wanted[0].keys.shape[1] for at_site in pairs.values()), default=1)
+    return _Size(part.prompts, rows, sum(tensors.values()), _blocks(part.edit, rows, width))
 
 
 def stored_pairs(edit: Edit, share: float, held: float) -> int:

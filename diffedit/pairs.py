@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import ContradictionError, NotComposableError, RequestError
-from diffedit.linalg.metric import Metric
+from diffedit.linalg.metric import Metric, same_marks
 from diffedit.linalg.overlap import sharing
 from diffedit.linalg.rows import reduce_rows as reduce_rows
 
-MANY = 4  # rows per dimension beyond which the metric takes less room than spreads, and its solve less time
+BLOCK = 4096  # rows that are put together in one piece, at least
+MANY = 1  # rows per dimension beyond which the metric takes less room than spreads, and its solve less time
 
-_BLOCK = 4096
 _SAME = 1e-9
 DISAGREE = 1e-3  # of what is wanted; pairs are kept in float32
 
@@ -84,14 +84,14 @@ class Pairs:
         wanted: one entry per request, in the requests' order.
         held: preserved names, each once.
         weight_norm: Frobenius norm of the unedited weight.
-        metric: digest of the metric that the solve is made in; empty without.
-        price: that metric itself, for more than `MANY` rows per dimension, which then have no spreads.
+        metric: marks of the metric that the solve is made in (`linalg.metric`); empty without.
+        price: that metric itself, for more than `MANY` rows per dimension; no entry has a spread then.
     """
 
     wanted: tuple[Wanted, ...]
     held: tuple[Held, ...]
     weight_norm: float
-    metric: str = ""
+    metric: tuple[float, ...] = ()
     price: Metric | None = None
 
     def stack(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,14 +120,14 @@ class Pairs:
         rows: list[Wanted | Held] = [*self.wanted, *self.held]
         sizes = [len(entry.keys) for entry in rows]
         if sum(sizes) > MANY * metric.root.shape[1]:
-            return replace(self, metric=metric.digest, price=metric.rounded())
+            return replace(self, metric=metric.marks, price=metric.rounded())
         spread = torch.split(metric.back(metric.white(_joined([entry.keys for entry in rows]))), sizes)
         n = len(self.wanted)
         return replace(
             self,
             wanted=tuple(replace(e, spread=part.to(e.keys)) for e, part in zip(self.wanted, spread[:n], strict=True)),
             held=tuple(replace(e, spread=part.to(e.keys)) for e, part in zip(self.held, spread[n:], strict=True)),
-            metric=metric.digest,
+            metric=metric.marks,
         )
 
     def spreads(self) -> Tensor | None:
@@ -168,17 +168,24 @@ class Pairs:
         Raises:
             NotComposableError: they were solved in different metrics.
         """
-        if self.metric != other.metric:
+        if not same_marks(self.metric, other.metric):
             raise NotComposableError(
                 "the edits were solved in different metrics",
-                value=f"{self.metric or 'none'} and {other.metric or 'none'}",
+                value=f"{_told(self.metric)} and {_told(other.metric)}",
                 cause="what must not change at all, or what everyday prompts say, differs between them",
                 hint="run the requests together on the model: editor.run(requests)",
             )
         known = {entry.key for entry in self.held}
         fresh = tuple(entry for entry in other.held if entry.key not in known)
-        wanted, price = self.wanted + other.wanted, self.price or other.price
-        return replace(self, wanted=wanted, held=self.held + fresh, price=price)
+        wanted, held, price = self.wanted + other.wanted, self.held + fresh, self.price or other.price
+        if price is not None:  # with the metric itself at hand no spreads are needed, and only some entries have any
+            wanted = tuple(replace(entry, spread=None) for entry in wanted)
+            held = tuple(replace(entry, spread=None) for entry in held)
+        return replace(self, wanted=wanted, held=held, price=price)
+
+
+def _told(marks: Sequence[float]) -> str:
+    return ", ".join(f"{mark:.4g}" for mark in marks) or "none"
 
 
 def check_contradictions(
@@ -209,6 +216,22 @@ def check_contradictions(
                 value=f"{names[a]!r} and {names[b]!r}",
                 hint="remove one of the two subjects, or give both the same target",
             )
+
+
+def check_exclusion(before: Pairs, after: Pairs) -> None:
+    """Refuse to drop preserved names whose prompts are part of the metric, as exact="preserve" makes them.
+
+    Raises:
+        NotComposableError: `before` holds a name that `after` does not.
+    """
+    freed = sorted({entry.name for entry in before.held} - {entry.name for entry in after.held})
+    if freed:
+        raise NotComposableError(
+            "the edit excludes exactly what only the removed subject preserved",
+            value=", ".join(freed[:5]),
+            cause="with exact='preserve' the prompts of these names are part of the solve's metric",
+            hint="run the remaining requests on the model again: editor.run(requests)",
+        )
 
 
 def main_keys(entries: Sequence[Wanted]) -> Tensor:
@@ -247,13 +270,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _portions(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
-    """The entries in order, in runs of at least `_BLOCK` rows but for the last."""
+    """The entries in order, in runs of at least `BLOCK` rows but for the last."""
     part: list[_Entry] = []
     rows = 0
     for entry in entries:
         part.append(entry)
         rows += len(entry.keys)
-        if rows >= _BLOCK:
+        if rows >= BLOCK:
             yield part
             part, rows = [], 0
     if part:

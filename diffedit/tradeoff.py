@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from diffedit import registry
 from diffedit.errors import NotComposableError
 from diffedit.figures import new_figure, write_figure
-from diffedit.linalg.metric import TradeOff
+from diffedit.linalg.curve import TradeOff
 from diffedit.site import EditSite
 from diffedit.updaters.closed_form import QuickFix
 

@@ -1,6 +1,6 @@
 """What an edit costs: seconds beside `quickfix`'s in the same process, and peak memory.
 
-Other work on the machine moves seconds; the ratio to a `quickfix` that ran right before and after, on the same concept
+Other work on the machine moves seconds; the ratio to a `quickfix` that ran right before each run, on the same concept
 with the same target, moves less. Quick methods run three times, slow ones once; the median counts. Two kinds of
 `quickfix` are the units: the default, which preserves all other concepts, and the bare one.
 

@@ -116,7 +116,7 @@ METHODS |= {
     "quickfix-traced": Method(
         "quickfix",
         ({LOCATOR: {"name": "causal-trace", "measure": "embedding", "sites": 2}},),
-        part="edits the two best sites of a causal trace",
+        part="edits up to two sites that a causal trace finds",
         seconds=4,
     ),
 }

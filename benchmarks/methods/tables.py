@@ -203,7 +203,7 @@ def left_out(records: Sequence[Record]) -> list[str]:
 
 
 def show(name: str, found: Pooled) -> str:
-    """A finding in a cell: `97% (94-99)`, or `0.12 (0.08-0.17)` for a distance."""
+    """A finding in a cell: `97.0% (94 to 99)`, or `0.12 (0.08 to 0.17)` for a distance."""
     if found.value is None or found.low is None or found.high is None:
         return "refused"
     if name == "fidelity_mmd":

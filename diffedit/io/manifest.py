@@ -108,14 +108,14 @@ class PairsRecord(_Frozen):
         wanted: per request, in the requests' order.
         held: per preserved name.
         weight_norm: Frobenius norm of the unedited weight.
-        metric: digest of the metric that the solve was made in; empty without.
+        metric: marks of the metric that the solve was made in (`linalg.metric`); empty without.
         tensors: the site's tensors, by name.
     """
 
     wanted: tuple[WantedRecord, ...]
     held: tuple[HeldRecord, ...]
     weight_norm: float
-    metric: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")]
+    metric: tuple[float, ...] = Field(max_length=16)
     tensors: dict[str, TensorRecord]
 
 

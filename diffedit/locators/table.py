@@ -138,7 +138,7 @@ class TraceTable:
             )
 
     def best_state(self, effect: Effect = "signed", rules: Sequence[TokenRule] | None = None) -> State:
-        """The first of the states with the highest score.
+        """The causal state with the highest score, the first of equal ones.
 
         Args:
             effect: the order; the decision whether it is causal rests on the signed effect.
@@ -168,19 +168,20 @@ class TraceTable:
                 hint=f"trace self_attn, mlp or cross_attn at {', '.join(rules or TokenRule)}",
             )
         pool.sort(key=lambda i: (-scores[i], i))
-        best = self.states[pool[0]]
-        if not best.causal:
+        certain = [self.states[i] for i in pool if self.states[i].causal]
+        if not certain:
+            first = self.states[pool[0]]
             raise NoCausalSiteError(
                 "no state brings the concept back for certain",
-                value=f"best is {best.part.name} at {best.column}: {best.effect}",
-                cause="its 95% interval covers zero",
+                value=f"first is {first.part.name} at {first.column}: {first.effect}",
+                cause="no state's 95% interval lies above zero",
                 hint="add prompts or seeds; the knowledge may also be spread over many states",
             )
         chosen: list[State] = []
         taken: set[Part] = set()
-        for state in (self.states[i] for i in pool):
+        for state in certain:
             members = set(self._members(state.part))
-            if len(chosen) < count and state.causal and state.column == best.column and not members & taken:
+            if len(chosen) < count and state.column == certain[0].column and not members & taken:
                 chosen.append(state)
                 taken |= members
         return tuple(chosen)

@@ -14,7 +14,7 @@ these points, each a setting:
     everyday_weight          mu: what everyday captions read is held, E over their tokens (MEMIT's term): protects what
                              nobody has named
     exact                    z: the begin-of-text token and the empty prompt, or also the preserved names, do not move
-    give_up                  t: chosen automatically from the curve of efficacy against cost (`linalg.metric`)
+    give_up                  t: chosen automatically from the curve of efficacy against cost (`linalg.curve`)
 
 `quickfix-published` restores the released behaviour.
 
@@ -34,14 +34,15 @@ from torch import Tensor
 from diffedit.delta import Delta, Diagnostics, LowRank
 from diffedit.errors import NotComposableError, RequestError
 from diffedit.interfaces import Backend, Updater
+from diffedit.linalg.curve import TradeOff, from_metric, from_spread
 from diffedit.linalg.gram import GRAM_FROM
-from diffedit.linalg.metric import Metric, TradeOff, from_metric, from_spread
+from diffedit.linalg.metric import Metric
 from diffedit.linalg.solve import RidgeSolution, ridge_factors
 from diffedit.pairs import Pairs
 from diffedit.request import Request
 from diffedit.site import EditSite, Location, Role
 from diffedit.updaters.everyday import everyday_metric
-from diffedit.updaters.layers import edited, in_turn
+from diffedit.updaters.layers import in_turn
 from diffedit.updaters.tokens import PairWeights
 from diffedit.updaters.values import Recipe, ValueKind, key_values
 
@@ -114,29 +115,42 @@ class QuickFix(Updater):
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:
         """One joint solve of all requests at each site of the location, in the order in which the sites run.
 
-        Several sites share the work: each reads the model under the edits so far and takes its part of what is still
-        missing (`layers.in_turn`).
+        Several sites share the work: each reads the subject under the changes before it, and takes its part of what is
+        then missing to the unedited target (`layers.in_turn`). With values="module" each site has values of its own,
+        and writes all of them.
 
         Raises:
             IllConditionedError: what must not change at all leaves nothing to edit.
         """
         prepared = [self._prepared(request) for request in requests]
-        weights = [self._weights(request) for request in prepared]
         metrics = {site: self.metric(backend, site, prepared) for site in location.sites if self._priced}
-        whole = Delta({})
-        for shares in in_turn(location.sites):
-            recipe = Recipe(self.values, self.pair_tol, self._keep_bias, shares)
-            with edited(backend, whole.factors):
-                pairs = key_values(backend, prepared, sorted(shares), location.tokens, weights, recipe)
-            if self._priced:
-                pairs = {site: data.measured(metrics[site]) for site, data in pairs.items()}
-            part = self.solve_pairs(pairs)
-            whole = Delta(
-                {**whole.factors, **part.factors},
-                {**whole.diagnostics, **part.diagnostics},
-                {**whole.pairs, **part.pairs},
-            )
-        return whole
+        turns = in_turn(location.sites) if self.values == "stream" else [dict.fromkeys(location.sites, 1.0)]
+        if len(turns) == 1:
+            return self.solve_pairs(self._pairs(backend, prepared, location, turns[0], {}, metrics))
+        plain = [request.model_copy(update={"strength": 1.0}) for request in prepared]
+        pairs: dict[EditSite, Pairs] = {}
+        done: dict[EditSite, LowRank] = {}
+        for shares in turns:
+            found = self._pairs(backend, plain, location, shares, done, metrics)
+            pairs |= found
+            done |= self.solve_pairs(found).factors
+        strengths = [request.strength for request in prepared]
+        return self.solve_pairs({site: data.scale(strengths) for site, data in pairs.items()})
+
+    def _pairs(
+        self,
+        backend: Backend,
+        requests: Sequence[Request],
+        location: Location,
+        shares: Mapping[EditSite, float],
+        before: Mapping[EditSite, LowRank],
+        metrics: Mapping[EditSite, Metric],
+    ) -> dict[EditSite, Pairs]:
+        """The pairs of the sites of one turn, under the changes made before."""
+        recipe = Recipe(self.values, self.pair_tol, self._keep_bias, shares, before)
+        weights = [self._weights(request) for request in requests]
+        pairs = key_values(backend, requests, sorted(shares), location.tokens, weights, recipe)
+        return {site: data.measured(metrics[site]) if metrics else data for site, data in pairs.items()}
 
     def solve_pairs(self, pairs: Mapping[EditSite, Pairs]) -> Delta:
         """The same solve from pairs that were collected before."""
@@ -251,6 +265,10 @@ def _thin(change: LowRank) -> LowRank:
         change = change.compress(FLOAT32_TOL)
     elif change.rank < min(change.shape):
         change = change.orthogonal()
+    if change.rank > min(change.shape):
+        dense, wide = change.dense(), change.shape[0] < change.shape[1]
+        one = torch.eye(min(change.shape), dtype=dense.dtype, device=dense.device)
+        change = LowRank(one, dense) if wide else LowRank(dense, one)
     return change.to(torch.float32)
 
 

@@ -168,9 +168,15 @@ class EMCID(Updater):
 
 
 def _preserved(backend: Backend, requests: Sequence[Request]) -> list[Concept]:
-    kept = dict.fromkeys((name, tuple(request.render(name))) for request in requests for name in request.preserve)
+    edited = {name.casefold() for request in requests for name in request.names}
+    kept = {
+        (name.casefold(), request.templates): (name, request.render(name))
+        for request in requests
+        for name in request.preserve
+        if name.casefold() not in edited
+    }
     found = []
-    for name, rendered in kept:
+    for name, rendered in kept.values():
         spans = backend.spans([(prompt, name, at) for prompt, at in rendered])
         found.append(Concept(tuple(prompt for prompt, _ in rendered), tuple(span.last for span in spans)))
     return found

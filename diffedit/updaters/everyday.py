@@ -130,7 +130,8 @@ def _inputs(backend: Backend, site: EditSite, count: int) -> Iterator[Tensor]:
     """The site's inputs [n, d_in] at the captions' tokens and some of their padding, some captions at a time.
 
     The image model reads the padding too, backgrounds above all, so it has to be held as well; but there is far more of
-    it than text, so only `_PADDING` positions of each caption are taken, other ones each time.
+    it than text, so only some positions of each caption are taken, evenly spread, other ones each time: `_PADDING` or a
+    few more.
     """
     prompts = list(islice(captions(), count))
     length = backend.positions(prompts[0], site)

@@ -68,6 +68,7 @@ def _adding(change: LowRank) -> Any:
     up, down = change.up.double(), change.down.double()
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return (output.double() + (args[0].double() @ down.T) @ up.T).to(output.dtype)
+        left, right = down.T.to(output.device), up.T.to(output.device)
+        return (output.double() + (args[0].double() @ left) @ right).to(output.dtype)
 
     return hook

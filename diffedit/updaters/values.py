@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffedit.delta import LowRank
 from diffedit.errors import NonFiniteError, NoOpError
 from diffedit.interfaces import Backend
 from diffedit.linalg.rows import reduce_batch, reduce_rows
@@ -38,6 +39,7 @@ from diffedit.reading import Rows
 from diffedit.request import Request
 from diffedit.rounding import frobenius
 from diffedit.site import EditSite, TokenRule
+from diffedit.updaters.layers import edited
 from diffedit.updaters.tokens import (
     Entry,
     Listed,
@@ -64,12 +66,14 @@ class Recipe:
         tol: see `diffedit.linalg.rows.reduce_rows`.
         keep_bias: leave the bias in the wanted values, as the released Diff-QuickFix does.
         shares: which part of the residuals a site is to write; all of them if it is not named.
+        before: changes of other sites under which the subject and preserved names are read; targets never are.
     """
 
     kind: ValueKind
     tol: float
     keep_bias: bool = False
     shares: Mapping[EditSite, float] = field(default_factory=dict)
+    before: Mapping[EditSite, LowRank] = field(default_factory=dict)
 
 
 def key_values(
@@ -148,10 +152,14 @@ def _collect(
     for portion in portions(backend, entries, sites):
         read = [entries[i] for i in portion]
         listed = list_pairs(backend, read, rule, sites[0])
-        rows = backend.read(listed.places, sites, padded=read[0].weights.padding > 0)
+        padded = read[0].weights.padding > 0
+        aims = rows = backend.read(listed.places, sites, padded=padded)
+        if recipe.before:
+            with edited(backend, recipe.before):
+                rows = backend.read(listed.places, sites, padded=padded)
         for which, part in listed.parts(_PAIRS):
             for site in sites:
-                keys, residuals = _differences(backend, site, read[which], part, rows, recipe, norms[site])
+                keys, residuals = _differences(backend, site, read[which], part, (rows, aims), recipe, norms[site])
                 reduced = _reduced(keys, residuals, read[which], part, recipe.tol, recipe.shares.get(site, 1.0))
                 out[site].update(zip(portion[which], reduced, strict=True))
                 owners = (i for i, count in zip(portion[which], part.counts, strict=True) for _ in range(count))
@@ -167,25 +175,28 @@ def _differences(
     site: EditSite,
     entries: Sequence[Entry],
     listed: Listed,
-    rows: Rows,
+    seen: tuple[Rows, Rows],
     recipe: Recipe,
     norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """Keys [n, d_in] and residuals [n, d_out] of all pairs (no columns for preserved names), weights not folded in."""
-    inputs, streams = rows.inputs[site], rows.streams[site]
+    """Keys [n, d_in] and residuals [n, d_out] of all pairs (no columns for preserved names), weights not folded in.
+
+    `seen` is what the sources are taken from and what the targets are taken from.
+    """
+    (inputs, streams), (aims, aim_streams) = ((rows.inputs[site], rows.streams[site]) for rows in seen)
     s, t = torch.tensor([listed.sources, listed.targets], device=inputs.device)
     keys = inputs[s]
     _check_finite("the layer's input", keys, site)
     if entries[0].held is not None:
         return keys, keys[:, :0]
     with torch.no_grad(), torch.autocast(device_type=inputs.device.type, enabled=False):
-        shift = torch.nn.functional.pad(inputs[t] - keys, (0, 0, 0, -len(keys) % _ROWS))
+        shift = torch.nn.functional.pad(aims[t] - keys, (0, 0, 0, -len(keys) % _ROWS))
         residuals = (shift @ backend.weight(site).detach().to(inputs.dtype).T)[: len(keys)]
         bias = backend.bias(site)
         if bias is not None and recipe.keep_bias:
             residuals += bias.detach().to(inputs.dtype)
         if recipe.kind == "stream":
-            residuals += streams[t] - streams[s]
+            residuals += aim_streams[t] - streams[s]
     _check_finite("the layer's output", residuals, site)
     owner = torch.arange(len(entries)).repeat_interleave(torch.tensor(listed.counts)).to(inputs.device)
     sizes = [
@@ -210,7 +221,7 @@ def _differences(
 def _reduced(
     keys: Tensor, residuals: Tensor, entries: Sequence[Entry], listed: Listed, tol: float, share: float
 ) -> list[_Numbers]:
-    """Each entry's rows, as the edit keeps them; entries with equally many pairs go together."""
+    """Each entry's rows, as the edit keeps them, on the CPU; entries with equally many pairs go together."""
     out: dict[int, _Numbers] = {}
     counts = torch.tensor(listed.counts)
     starts = counts.cumsum(0) - counts
@@ -234,9 +245,7 @@ def _reduced(
             rows, changes = torch.cat([a for a, _ in each]), torch.cat([b for _, b in each])
             ranks = tuple(len(a) for a, _ in each)
         # Rounded *before* the solve, so that what is kept gives the same change again.
-        split = zip(
-            torch.split(rows.to(keys.dtype), list(ranks)), torch.split(changes.to(keys.dtype), list(ranks)), strict=True
-        )
+        split = zip(*(torch.split(part.to("cpu", keys.dtype), list(ranks)) for part in (rows, changes)), strict=True)
         out.update((i, (a, b, n)) for i, (a, b) in zip(members.tolist(), split, strict=True))
     return [out[i] for i in range(len(entries))]
 

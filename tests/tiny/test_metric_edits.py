@@ -9,6 +9,8 @@ import torch
 from diffedit import Editor, compose
 from diffedit.edit import Edit
 from diffedit.errors import IllConditionedError, NotComposableError, RequestError
+from diffedit.linalg.metric import Metric, same_marks
+from diffedit.request import make_request
 from diffedit.tradeoff import draw_trade_off, trade_off
 from diffedit.updaters import everyday
 from diffedit.updaters.closed_form import GIVE_UP, GIVE_UP_HELD, QuickFix
@@ -16,6 +18,7 @@ from diffedit.updaters.everyday import captions
 from tests.tiny import build
 
 EXACT_TOL = 1e-5
+PRESERVING = [("dog", "owl"), ("Snoopy", "fox")]
 
 
 @pytest.fixture
@@ -142,6 +145,57 @@ def test_many_rows_keep_the_metric_instead_of_spreads(editor, tmp_path):
     few = editor.ablate(names[:3], target="bird")
     assert gap(dense(less), dense(few)) <= 1e-5
     assert gap(dense(compose([less, again.without(*names[:3])])), dense(edit)) <= 1e-5
+
+
+def test_an_edit_with_the_metric_and_one_with_spreads_compose_save_and_load(editor, tmp_path):
+    names = [f"{first} {last}o" for first in ("dog", "cat", "owl", "fox", "pup") for last in "bcdfghjklmnpqrst"]
+    many, few = editor.ablate(names, target="bird"), editor.ablate("Snoopy", target="bird")
+    (large,), (small,) = many.delta.pairs.values(), few.delta.pairs.values()
+    assert large.price is not None and small.price is None and small.spreads() is not None
+    whole = compose([few, many])
+    again = Edit.load(whole.save(tmp_path / "mixed"))
+    assert again.files() == whole.files()
+    editor.revert()
+    assert gap(dense(whole), dense(editor.ablate([*names, "Snoopy"], target="bird"))) <= 1e-5
+
+
+def test_composed_spreads_have_no_more_rank_than_the_weight(editor):
+    names = ["dog", "cat", "owl", "fox", "Snoopy", "car", "tree", "bird"]
+    edits = []
+    for name in names:
+        edits.append(editor.ablate(name, target="house"))
+        editor.revert()
+    whole = compose(edits)
+    (pairs,), (change,) = whole.delta.pairs.values(), whole.delta.factors.values()
+    rows = sum(len(entry.keys) for entry in pairs.wanted)
+    assert pairs.price is None and rows > change.shape[1] >= change.rank
+    assert gap(dense(whole), dense(editor.ablate(names, target="house"))) <= 1e-5
+
+
+def test_what_exact_excludes_cannot_be_taken_out_again(wide):
+    editor, exact = Editor(wide), QuickFix(exact="preserve")
+    requests = [make_request(subject=n, target="cat", preserve=[k], templates=["a {}"]) for n, k in PRESERVING]
+    edit = editor.run(requests, updater=exact)
+    with pytest.raises(NotComposableError, match=r"excludes exactly.*fox"):
+        edit.without("Snoopy")
+    editor.revert()
+    requests = [request.model_copy(update={"preserve": ("owl",)}) for request in requests]
+    left = editor.run(requests, updater=exact).without("Snoopy")
+    editor.revert()
+    assert gap(dense(left), dense(editor.run(requests[:1], updater=exact))) <= 1e-5
+
+
+def test_metrics_that_differ_by_rounding_are_the_same(editor, sd1):
+    site = next(s for s in editor.backend.sites() if s.layer == 0 and s.role.value == "text.self_attn.out_proj")
+    inputs = everyday_inputs(editor, 60)
+    noise = 1e-7 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, second = (Metric.of_inputs(0.01, 1e4, [rows]) for rows in (inputs, inputs * (1 + noise)))
+    assert not torch.equal(first.root.float(), second.root.float())
+    assert same_marks(first.marks, second.marks)
+    for other in (Metric.of_inputs(0.02, 1e4, [inputs]), Metric.of_inputs(0.01, 1.1e4, [inputs])):
+        assert not same_marks(first.marks, other.marks)
+    assert not same_marks(first.marks, Metric.of_inputs(0.01, 1e4, [everyday_inputs(editor, 61)]).marks)
+    assert first.root.shape[1] == site.d_in
 
 
 def test_the_curve_of_a_loaded_edit(editor, tmp_path):

@@ -1,14 +1,16 @@
 """Proves that several sites of one encoder are edited in turn: each reads the model under the edits before it and takes
-its part of what is missing, the same that dense formulas give."""
+its part of what is missing to the unedited target, as dense formulas say; strength scales all of them alike."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from diffedit import Editor, compose
 from diffedit.edit import Edit
 from diffedit.locators.text_layers import TextLayersLocator
 from diffedit.site import EditSite, Role
+from diffedit.updaters.closed_form import QuickFix, QuickFixPublished
 from diffedit.updaters.layers import in_turn
 from tests.tiny import build
 
@@ -38,7 +40,7 @@ def solved(editor: Editor, locator: TextLayersLocator) -> Edit:
     return edit
 
 
-def test_each_turn_is_the_dense_solve_of_its_part_under_the_edits_before_it(sd1):
+def test_each_turn_is_the_dense_solve_of_its_part_of_the_way_to_the_unedited_target(sd1):
     sd1.text_encoder.double()
     editor = Editor(sd1)
     backend = editor.backend
@@ -48,17 +50,16 @@ def test_each_turn_is_the_dense_solve_of_its_part_under_the_edits_before_it(sd1)
     kept = {s: backend.weight(s).detach().clone() for s in edit.delta.sites}
     prompts = [[t.format(name) for t in TEMPLATES] for name in ("dog", "cat")]
     at = [[backend.span(p, n).last for p in ps] for ps, n in zip(prompts, ("dog", "cat"), strict=True)]
+    rows = torch.arange(len(TEMPLATES))
+    goals = backend.capture(prompts[1], edit.delta.sites)
     for turn in turns:
         ((where, share),) = turn.items()
-        source, target = (backend.capture(ps, [where]) for ps in prompts)
-        rows = torch.arange(len(TEMPLATES))
+        source = backend.capture(prompts[0], [where])
         keys = source.inputs[where][rows, at[0]]
-        after = [
-            (seen.outputs[where] + seen.streams[where])[rows, positions]
-            for seen, positions in zip((source, target), at, strict=True)
-        ]
+        missing = (goals.streams[where] + goals.outputs[where])[rows, at[1]]
+        missing = missing - source.streams[where][rows, at[0]] - keys @ kept[where].T - backend.bias(where)
         gram = keys.T @ keys + EXACT["lam"] * torch.eye(where.d_in, dtype=torch.float64)
-        want = share * (after[1] - after[0]).T @ keys @ gram.inverse()
+        want = share * missing.T @ keys @ gram.inverse()
         found = edit.delta.factors[where].dense().double()
         assert float((found - want).norm() / want.norm()) < 1e-5, where.name  # factors are kept in float32
         with torch.no_grad():
@@ -66,6 +67,33 @@ def test_each_turn_is_the_dense_solve_of_its_part_under_the_edits_before_it(sd1)
     for where, weight in kept.items():
         with torch.no_grad():
             backend.weight(where).copy_(weight)
+
+
+@pytest.mark.parametrize("updater", [QuickFix(), build.plain()])
+@pytest.mark.parametrize("strength", [-1.0, 0.5, 3.0])
+def test_strength_is_the_same_factor_for_several_sites_as_for_a_scaled_edit(sd1, strength, updater):
+    editor = Editor(sd1)
+    said = {"target": "cat", "locator": TextLayersLocator(last=0), "updater": updater}
+    whole = editor.ablate("dog", **said)
+    editor.revert()
+    request = whole.requests[0].model_copy(update={"strength": strength})
+    asked = editor.run([request], updater=updater, locator=said["locator"])
+    for where, change in (whole * strength).delta.factors.items():
+        found = asked.delta.factors[where].dense()
+        assert float((found - change.dense()).norm() / change.dense().norm()) < 1e-5
+
+
+def test_with_values_of_their_own_sites_write_all_of_them(sd1):
+    editor = Editor(sd1)
+    alone = {}
+    for locator in (TextLayersLocator(mlp=False, last=0), TextLayersLocator(attention=False, last=0)):
+        edit = editor.ablate("dog", target="cat", locator=locator, updater=QuickFixPublished())
+        alone |= dict(edit.delta.factors)
+        editor.revert()
+    both = editor.ablate("dog", target="cat", locator=TextLayersLocator(last=0), updater=QuickFixPublished())
+    assert both.delta.factors.keys() == alone.keys()
+    for where, change in both.delta.factors.items():
+        assert torch.equal(change.dense(), alone[where].dense())
 
 
 def test_the_first_of_two_takes_half_and_nothing_is_left_in_the_model(sd1):

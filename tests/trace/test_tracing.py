@@ -151,8 +151,16 @@ def test_effects_by_hand():
 def test_a_state_that_pushes_away_is_never_causal_whatever_the_order():
     table = table_of([1, 1], [0, 0], [[-0.9, 0.1], [-0.8, 0.2]])
     assert table.best_state().part.layer == 1
-    with pytest.raises(NoCausalSiteError, match=r"for certain.*best is mlp-0"):
-        table.best_state("absolute")
+    assert table.best_state("absolute").part.layer == 1
+    away = table_of([1, 1], [0, 0], [[-0.9, -0.1], [-0.8, -0.2]])
+    with pytest.raises(NoCausalSiteError, match=r"for certain.*first is mlp-0.*lies above zero"):
+        away.best_state("absolute")
+
+
+def test_a_certain_state_is_named_though_an_uncertain_one_scores_higher():
+    table = table_of([1] * 4, [0] * 4, [[0.5, 2.4], [0.49, -0.2], [0.5, 1.0], [0.5, -0.2]])
+    assert not table.states[1].causal and table.states[1].effect.mean > table.states[0].effect.mean
+    assert table.best_state().part.layer == 0
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def test_a_state_that_pushes_away_is_never_causal_whatever_the_order():
     [
         (table_of([0.1, -0.1, 0.1], [0, 0, 0], [[0.1]] * 3), "did not remove the concept"),
         (table_of([1e-4] * 3, [0] * 3, [[1e-4]] * 3, least=0.01), "at least 0.01 is needed"),
-        (table_of([1] * 4, [0] * 4, [[0.5], [-0.5], [0.4], [-0.5]]), "covers zero"),
+        (table_of([1] * 4, [0] * 4, [[0.5], [-0.5], [0.4], [-0.5]]), "lies above zero"),
         (table_of([1], [0], [[1]]), "a single run"),
     ],
     ids=["noisy", "small", "covers zero", "one run"],
