@@ -123,15 +123,14 @@ class QuickFix(Updater):
             IllConditionedError: what must not change at all leaves nothing to edit.
         """
         prepared = [self._prepared(request) for request in requests]
-        metrics = {site: self.metric(backend, site, prepared) for site in location.sites if self._priced}
         turns = in_turn(location.sites) if self.values == "stream" else [dict.fromkeys(location.sites, 1.0)]
         if len(turns) == 1:
-            return self.solve_pairs(self._pairs(backend, prepared, location, turns[0], {}, metrics))
+            return self.solve_pairs(self._pairs(backend, prepared, location, turns[0], {}))
         plain = [request.model_copy(update={"strength": 1.0}) for request in prepared]
         pairs: dict[EditSite, Pairs] = {}
         done: dict[EditSite, LowRank] = {}
         for shares in turns:
-            found = self._pairs(backend, plain, location, shares, done, metrics)
+            found = self._pairs(backend, plain, location, shares, done)
             pairs |= found
             done |= self.solve_pairs(found).factors
         strengths = [request.strength for request in prepared]
@@ -144,13 +143,14 @@ class QuickFix(Updater):
         location: Location,
         shares: Mapping[EditSite, float],
         before: Mapping[EditSite, LowRank],
-        metrics: Mapping[EditSite, Metric],
     ) -> dict[EditSite, Pairs]:
         """The pairs of the sites of one turn, under the changes made before."""
         recipe = Recipe(self.values, self.pair_tol, self._keep_bias, shares, before)
         weights = [self._weights(request) for request in requests]
         pairs = key_values(backend, requests, sorted(shares), location.tokens, weights, recipe)
-        return {site: data.measured(metrics[site]) if metrics else data for site, data in pairs.items()}
+        if not self._priced:
+            return pairs
+        return {site: data.measured(self.metric(backend, site, requests)) for site, data in pairs.items()}
 
     def solve_pairs(self, pairs: Mapping[EditSite, Pairs]) -> Delta:
         """The same solve from pairs that were collected before."""
