@@ -28,7 +28,7 @@ from diffedit.io.files import delta_to_tensors, tensor_records
 from diffedit.io.manifest import Manifest, canonical_json, diagnostics_dict
 from diffedit.io.pairs import pairs_records
 from diffedit.pairs import DISAGREE, Pairs, check_contradictions, check_exclusion, disagreement, main_keys
-from diffedit.request import Request, make_request
+from diffedit.request import Request, edited_names, make_request
 from diffedit.site import EditSite
 
 Part = tuple[Manifest, Delta]
@@ -102,7 +102,7 @@ def without(part: Part, names: Sequence[str]) -> Part:
     """
     manifest, delta = part
     gone = {name.casefold() for name in names}
-    known = {name.casefold() for request in manifest.requests for name in request.names}
+    known = edited_names(manifest.requests)
     if not gone or not gone <= known:
         raise RequestError(
             "the edit has no such subject",

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from diffedit.errors import DiffEditError, RequestError, nearest
-from diffedit.request import Kind, Request, make_request
+from diffedit.request import Kind, Request, edited_names, make_request
 from diffedit.spellings import WORD, forms, slips
 from diffedit.text import clean, noun
 
@@ -175,7 +175,7 @@ def widen(
         notes += [f"{alias.name!r} is not edited with {request.subject!r}: {alias.reason}" for alias in found.dropped]
     if listed:
         return wide, notes
-    edited = {name.casefold() for request in wide for name in request.names}
+    edited = edited_names(wide)
     kept = [tuple(name for name in request.preserve if name.casefold() not in edited) for request in requests]
     return [make_request(**{**dict(new), "preserve": names}) for new, names in zip(wide, kept, strict=True)], notes
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from diffedit.edit import Edit
 from diffedit.metering import extrapolate
 from diffedit.pairs import BLOCK, MANY, Pairs
-from diffedit.request import Request
+from diffedit.request import Request, held_names
 from diffedit.updaters.tokens import PROMPTS
 
 HELD = 1.5
@@ -59,13 +59,7 @@ class Part:
 
 def count_prompts(requests: Sequence[Request]) -> int:
     """Prompts that have to be run: targets, names and preserved names in their templates, the latter once each."""
-    edited = {name.casefold() for request in requests for name in request.names}
-    held = {
-        (name.casefold(), request.templates)
-        for request in requests
-        for name in request.preserve
-        if name.casefold() not in edited
-    }
+    held = {(name.casefold(), request.templates) for request, name in held_names(requests)}
     asked = sum(len(request.templates) * (1 + len(request.names)) for request in requests)
     return asked + sum(len(templates) for _, templates in held)
 
@@ -214,7 +208,7 @@ def _size(part: Part) -> _Size:
         if tensor is not None
     }
     rows = sum(_rows(part)) / max(1, len(pairs))
-    width = max((at_site.wanted[0].keys.shape[1] for at_site in pairs.values()), default=1)
+    width = max((_widths(at_site)[0] for at_site in pairs.values()), default=1)
     return _Size(part.prompts, rows, sum(tensors.values()), _blocks(part.edit, rows, width))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -125,6 +125,17 @@ class Request(BaseModel):
     def render(self, phrase: str) -> tuple[tuple[str, int], ...]:
         """Each template filled with `phrase`: (prompt, character offset of the phrase)."""
         return tuple(render(template, phrase) for template in self.templates)
+
+
+def edited_names(requests: Iterable[Request]) -> frozenset[str]:
+    """Every subject and alias, casefolded."""
+    return frozenset(name.casefold() for request in requests for name in request.names)
+
+
+def held_names(requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+    """Every preserved name with the request that preserves it; what one request edits no other preserves."""
+    edited = edited_names(requests)
+    return ((request, name) for request in requests for name in request.preserve if name.casefold() not in edited)
 
 
 def make_request(**fields: Any) -> Request:

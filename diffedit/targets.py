@@ -22,7 +22,7 @@ from torch import Tensor
 from diffedit.aliases import Expand, other_names, widen
 from diffedit.errors import DiffEditError, RequestError
 from diffedit.interfaces import Backend, Vocabulary
-from diffedit.request import OBJECT_TEMPLATES, STYLE_TEMPLATES, Action, Kind, Request, make_request
+from diffedit.request import OBJECT_TEMPLATES, STYLE_TEMPLATES, Action, Kind, Request, edited_names, make_request
 from diffedit.text import noun, with_article
 
 logger = logging.getLogger("diffedit")
@@ -228,7 +228,7 @@ class Completer:
     def fill(self, requests: Sequence[Request]) -> tuple[list[Request], list[str]]:
         """The requests with every target chosen, and per request why that one."""
         filled, reasons = [], []
-        subjects = frozenset(name.casefold() for request in requests for name in request.names)
+        subjects = edited_names(requests)
         for request in requests:
             reason = "given"
             if request.target is None:

@@ -33,8 +33,10 @@ class Scene:
 
 def choose_scenes(editor: Editor, requests: Sequence[Request]) -> tuple[Scene, ...]:
     """Prompts for the picture of an edit, grouped, without repetition."""
+    from diffedit.request import edited_names
+
     style = requests[0].kind == "style"
-    edited = {name.casefold() for request in requests for name in request.names}
+    edited = edited_names(requests)
     pool = editor.vocabulary.styles if style else editor.vocabulary.objects
     ranked = _nearest(editor, requests[0].subject, [name for name in pool if name.casefold() not in edited])
     kept = [name for request in requests for name in request.preserve]

@@ -19,7 +19,7 @@ from diffedit.evaluate import prompts
 from diffedit.evaluate.judge import Judge, by_nearness, captions
 from diffedit.evaluate.records import Group, Settings
 from diffedit.interfaces import Vocabulary
-from diffedit.request import Kind, Request
+from diffedit.request import Kind, Request, edited_names
 from diffedit.targets import general_nouns
 from diffedit.text import clean, noun, render
 
@@ -233,7 +233,7 @@ def _everyday(settings: Settings) -> tuple[str, ...]:
 
 
 def _names(given: Sequence[str], what: str, requests: Sequence[Request]) -> list[str]:
-    edited = {name.casefold() for request in requests for name in request.names}
+    edited = edited_names(requests)
     names = list(dict.fromkeys(noun(clean(name, f"{what} concept")) for name in given))
     for name in names:
         if name.casefold() in edited:

@@ -39,7 +39,7 @@ from diffedit.errors import NonFiniteError, RequestError
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.solve import RidgeSolution, ridge_factors
 from diffedit.pairs import Held, Pairs, Wanted, check_contradictions
-from diffedit.request import Kind, Request
+from diffedit.request import Kind, Request, held_names
 from diffedit.site import EditSite, Location, Role
 from diffedit.updaters.closed_form import diagnose
 from diffedit.updaters.text_states import Pairing, Reading, preserved_states, request_states
@@ -110,15 +110,13 @@ class CrossAttention(Updater):
         probe = location.sites[0]
         how = Reading(location.tokens, self.pairing, self.erase_scale, self.pair_tol)
         states = [request_states(backend, probe, request, how) for request in requests]
-        edited = {name.casefold() for request in requests for name in request.names}
         held: dict[tuple[str, str], Held] = {}
         weight = backend.weight(probe)
-        for request in requests:
-            group = how.group(request)
-            for name in request.preserve:
-                if name.casefold() not in edited and (name.casefold(), group) not in held:
-                    keys, count = preserved_states(backend, probe, request, name, how)
-                    held[name.casefold(), group] = Held(name, group, _store(keys, weight), count)
+        for request, name in held_names(requests):
+            key = name.casefold(), how.group(request)
+            if key not in held:
+                keys, count = preserved_states(backend, probe, request, name, how)
+                held[key] = Held(name, key[1], _store(keys, weight), count)
         keys_of = [_store(entry.keys, weight) for entry in states]
         found = {}
         for site in location.sites:

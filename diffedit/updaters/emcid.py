@@ -34,7 +34,7 @@ from diffedit.delta import Delta, Diagnostics, LowRank
 from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.solve import RidgeSolution
-from diffedit.request import Request
+from diffedit.request import Request, held_names
 from diffedit.site import EditSite, Location, Role, TokenRule
 from diffedit.updaters.everyday import second_moment
 from diffedit.updaters.finetune.distil import NoiseMatch
@@ -168,12 +168,8 @@ class EMCID(Updater):
 
 
 def _preserved(backend: Backend, requests: Sequence[Request]) -> list[Concept]:
-    edited = {name.casefold() for request in requests for name in request.names}
     kept = {
-        (name.casefold(), request.templates): (name, request.render(name))
-        for request in requests
-        for name in request.preserve
-        if name.casefold() not in edited
+        (name.casefold(), request.templates): (name, request.render(name)) for request, name in held_names(requests)
     }
     found = []
     for name, rendered in kept.values():
