@@ -120,7 +120,7 @@ def from_metric(wanted: Iterable[tuple[Tensor, Tensor]], held: Iterable[Tensor],
     The rows come in blocks, of which one at a time is whitened and multiplied in float64; what stays is d x d.
 
     Args:
-        wanted: at least one block of keys [b, d] and residuals [b, d_out], weights folded in.
+        wanted: at least one block of keys [b, d] and residuals [b, d_out], weights folded in; on the CPU, as all pairs.
         held: blocks [b, d] of the rows that are to stay.
         metric: the metric.
     """
@@ -130,14 +130,14 @@ def from_metric(wanted: Iterable[tuple[Tensor, Tensor]], held: Iterable[Tensor],
     few: list[tuple[Tensor, Tensor]] = []  # the rows themselves, as long as there are fewer than d of them
     for keys, residuals in wanted:
         white, asked = metric.white(keys), residuals.double()
-        mine = mine.to(white.device) + gram(white)
-        crossed = crossed.to(white.device) + white.T @ asked
+        mine = mine + gram(white)
+        crossed = crossed + white.T @ asked
         size += float(asked.square().sum())
         n += len(white)
         few = [*few, (white, asked)] if n < d else []
     for keys in held:
-        still = still.to(keys.device) + gram(metric.white(keys))
-    g, v = torch.linalg.eigh(mine + still.to(mine.device))
+        still = still + gram(metric.white(keys))
+    g, v = torch.linalg.eigh(mine + still)
     g = g.clamp(min=0.0)
     crossed = v.T @ crossed
     energy = crossed @ crossed.T

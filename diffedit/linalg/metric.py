@@ -34,7 +34,7 @@ _SAME = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """The price of a change; see the module's text.
+    """The price of a change, kept on the CPU; see the module's text.
 
     Attributes:
         root: [d, d] float64, upper triangular T.
@@ -104,9 +104,7 @@ class Metric:
 
     def white(self, rows: Tensor) -> Tensor:
         """[n, d] float64: rows in whitened coordinates, without what is excluded."""
-        found = self._whiten(rows)
-        excluded = self.excluded.to(found.device)
-        return found - (found @ excluded.T) @ excluded if len(excluded) else found
+        return self._outside(self._whiten(rows))
 
     def check_room(self, blocks: Iterable[Tensor]) -> None:
         """Raise `IllConditionedError` if nothing of these rows [b, d] is left outside what is excluded."""
@@ -114,8 +112,9 @@ class Metric:
             return
         left = whole = 0.0
         for rows in blocks:
-            whole += float(self._whiten(rows).square().sum())
-            left += float(self.white(rows).square().sum())
+            white = self._whiten(rows)
+            whole += float(white.square().sum())
+            left += float(self._outside(white).square().sum())
         if left <= _ROOM**2 * whole:
             raise IllConditionedError(
                 "nothing of the edit is left",
@@ -143,14 +142,18 @@ class Metric:
         d = self.root.shape[1]
         place = torch.arange(1, d + 1, dtype=torch.float64)
         probes = torch.stack([torch.cos(step * place) for step in _PROBES])
-        costs = (probes @ self.root.cpu().T).square().sum(1)
-        reaches = replace(self, root=self.root.cpu(), excluded=self.excluded.cpu()).white(probes).square().sum(1)
+        costs, reaches = (probes @ self.root.T).square().sum(1), self.white(probes).square().sum(1)
         return tuple(float(f"{value:.6g}") for value in (*costs.tolist(), *reaches.tolist()))
 
     def _whiten(self, rows: Tensor) -> Tensor:
         root = self.root.to(rows.device)
         found: Tensor = torch.linalg.solve_triangular(root, rows.double(), upper=True, left=False)
         return found
+
+    def _outside(self, white: Tensor) -> Tensor:
+        """Whitened rows without what is excluded."""
+        excluded = self.excluded.to(white.device)
+        return white - (white @ excluded.T) @ excluded if len(excluded) else white
 
 
 def same_marks(first: Sequence[float], second: Sequence[float]) -> bool:

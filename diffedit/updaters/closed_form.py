@@ -39,7 +39,7 @@ from diffedit.linalg.gram import GRAM_FROM
 from diffedit.linalg.metric import Metric
 from diffedit.linalg.solve import RidgeSolution, ridge_factors
 from diffedit.pairs import Pairs
-from diffedit.request import Request
+from diffedit.request import Request, held_names
 from diffedit.site import EditSite, Location, Role
 from diffedit.updaters.everyday import everyday_metric
 from diffedit.updaters.layers import in_turn
@@ -127,14 +127,18 @@ class QuickFix(Updater):
         if len(turns) == 1:
             return self.solve_pairs(self._pairs(backend, prepared, location, turns[0], {}))
         plain = [request.model_copy(update={"strength": 1.0}) for request in prepared]
-        pairs: dict[EditSite, Pairs] = {}
-        done: dict[EditSite, LowRank] = {}
+        whole = Delta({})
         for shares in turns:
-            found = self._pairs(backend, plain, location, shares, done)
-            pairs |= found
-            done |= self.solve_pairs(found).factors
+            part = self.solve_pairs(self._pairs(backend, plain, location, shares, whole.factors))
+            whole = Delta(
+                {**whole.factors, **part.factors},
+                {**whole.diagnostics, **part.diagnostics},
+                {**whole.pairs, **part.pairs},
+            )
+        if prepared == plain:
+            return whole
         strengths = [request.strength for request in prepared]
-        return self.solve_pairs({site: data.scale(strengths) for site, data in pairs.items()})
+        return self.solve_pairs({site: data.scale(strengths) for site, data in whole.pairs.items()})
 
     def _pairs(
         self,
@@ -230,13 +234,8 @@ class QuickFix(Updater):
 
 def _prompt_inputs(backend: Backend, site: EditSite, requests: Sequence[Request]) -> list[Tensor]:
     """The inputs [t, d_in] of every preserved prompt, from the begin-of-text token to the end of text."""
-    edited = {name.casefold() for request in requests for name in request.names}
     phrases = dict.fromkeys(
-        (prompt, name, at)
-        for request in requests
-        for name in request.preserve
-        if name.casefold() not in edited
-        for prompt, at in request.render(name)
+        (prompt, name, at) for request, name in held_names(requests) for prompt, at in request.render(name)
     )
     if not phrases:
         return []

@@ -36,7 +36,7 @@ from diffedit.interfaces import Backend
 from diffedit.linalg.rows import reduce_batch, reduce_rows
 from diffedit.pairs import Held, Pairs, Wanted, check_contradictions
 from diffedit.reading import Rows
-from diffedit.request import Request
+from diffedit.request import Request, edited_names
 from diffedit.rounding import frobenius
 from diffedit.site import EditSite, TokenRule
 from diffedit.updaters.layers import edited
@@ -99,7 +99,7 @@ def key_values(
         ContradictionError: the same key is asked for two different values.
         NonFiniteError: the model's weights or activations are not finite.
     """
-    edited = {name.casefold() for request in requests for name in request.names}
+    taken = edited_names(requests)
     asked: list[Entry] = []
     kept: dict[tuple[str, str], Entry] = {}
     for request, weight in zip(requests, weights, strict=True):
@@ -107,7 +107,7 @@ def key_values(
         asked.append(wanted_entry(request, weight, group))
         for name in request.preserve:
             key = name.casefold(), group
-            if key[0] not in edited and key not in kept:
+            if key[0] not in taken and key not in kept:
                 kept[key] = held_entry(request, name, weight, group)
     norms = {site: _norm(backend, site) for site in sites}
     wanted, shared = _collect(backend, asked, sites, rule, recipe, norms)
@@ -153,10 +153,10 @@ def _collect(
         read = [entries[i] for i in portion]
         listed = list_pairs(backend, read, rule, sites[0])
         padded = read[0].weights.padding > 0
-        aims = rows = backend.read(listed.places, sites, padded=padded)
-        if recipe.before:
-            with edited(backend, recipe.before):
-                rows = backend.read(listed.places, sites, padded=padded)
+        with edited(backend, recipe.before):
+            aims = rows = backend.read(listed.places, sites, padded=padded)
+        if recipe.before and read[0].held is None:
+            aims = backend.read(listed.places, sites, padded=padded)
         for which, part in listed.parts(_PAIRS):
             for site in sites:
                 keys, residuals = _differences(backend, site, read[which], part, (rows, aims), recipe, norms[site])
