@@ -105,9 +105,7 @@ METHODS: dict[str, Method] = {
         seconds=20,
         brief=_TRAINING,
     ),
-}
-# What `quickfix` is made of, a part at a time; the grids have one entry, so there is nothing to tune.
-METHODS |= {
+    # What `quickfix` is made of, a part at a time; the grids have one entry, so there is nothing to tune.
     "quickfix-fixed-lam": Method("quickfix", ({"give_up": None},), part="lam and everyday_weight as they stand"),
     "quickfix-no-everyday": Method("quickfix", ({"everyday": 0},), part="without everyday captions"),
     "quickfix-named-only": Method("quickfix", (_PAPER,), part="without both: named concepts are held, by lam alone"),

@@ -58,9 +58,8 @@ def parts(records: Sequence[Record]) -> list[str]:
         return []
     rows = []
     for method, mine in chosen.items():
-        size = [f"{median(r['edit']['bytes'] for r in mine if not r['refused']):,.0f}"] if _made(mine) else [""]
         cells = [f"`{method}`", METHODS[method].part or "as it is", str(len(mine) - _refused(mine))]
-        rows.append(cells + [show(name, pooled(name, mine)) for name in HEADS] + size)
+        rows.append([*cells, *(show(name, pooled(name, mine)) for name in HEADS), _bytes(mine)])
     return markdown(["", "what differs", "concepts", *HEADS.values(), "edit, bytes"], rows)
 
 
@@ -103,8 +102,7 @@ def many(records: Sequence[Record], single: Sequence[Record]) -> list[str]:
         groups += [(count, [r for r in mine if len(r["cell"]["concepts"]) == count]) for count in counts]
         for count, group in groups:
             found = [show(name, pooled(name, group)) for name in SHARES]
-            size = [f"{median(r['edit']['bytes'] for r in group if not r['refused']):,.0f}"] if _made(group) else [""]
-            rows.append([f"`{method}`", mine[0]["label"], str(count), *found, *size])
+            rows.append([f"`{method}`", mine[0]["label"], str(count), *found, _bytes(group)])
     return markdown(["method", "setting", "concepts at once", *(HEADS[name] for name in SHARES), "bytes"], rows)
 
 
@@ -228,8 +226,10 @@ def _is(record: Record, method: str, role: str) -> bool:
     return (record["cell"]["method"], record["cell"]["role"]) == (method, role)
 
 
-def _made(records: Sequence[Record]) -> bool:
-    return any(not record["refused"] for record in records)
+def _bytes(records: Sequence[Record]) -> str:
+    """Median size of the edits that were made; empty if none was."""
+    sizes = [record["edit"]["bytes"] for record in records if not record["refused"]]
+    return f"{median(sizes):,.0f}" if sizes else ""
 
 
 def _refused(records: Sequence[Record]) -> int:
