@@ -173,14 +173,16 @@ class Editor:
     def run(
         self, requests: Sequence[Request], *, updater: str | Updater = "quickfix", locator: str | Locator | None = None
     ) -> Edit:
-        """Carry out requests in one solve: what `ablate` and `update` call."""
+        """Carry out requests in one solve."""
         change, find = choose_plugins(requests, updater, locator)
         with self.ledger.unedited():
             ready = prepare(self.backend, self._complete, requests, change, find)
             delta = change.solve(self.backend, ready.requests, ready.location)
         trial = self.ledger.trial(delta)
         said = (ready.requests, ready.reasons, ready.location, delta, trial, find, change)
-        return self._apply(Edit(describe(self.backend, self.ledger, *said), delta), trial)
+        edit = Edit(describe(self.backend, self.ledger, *said), delta)
+        edit.notes = ready.notes
+        return self._apply(edit, trial)
 
     def trace(
         self,
@@ -288,7 +290,7 @@ class Editor:
     ) -> Edit:
         requests, change, notes = make_requests(self._complete, action, subject, updater, **said)
         edit = self.run(requests, updater=change, locator=locator)
-        edit.notes = tuple(notes)
+        edit.notes = (*notes, *edit.notes)
         return edit
 
     def _apply(self, edit: Edit, trial: Mapping[EditSite, Trial] | None = None) -> Edit:

@@ -176,7 +176,7 @@ def _plan(backend: Backend, ready: Prepared, parts: Sequence[Part], choosing: fl
         choosing_seconds=choosing,
         memory=memory,
         sampled=last.prompts if last else 0,
-        notes=tuple(notes),
+        notes=(*notes, *ready.notes),
     )
 
 

@@ -15,9 +15,11 @@ from diffedit.aliases import Expand
 from diffedit.backends.loading import load_model
 from diffedit.errors import RequestError, UnsupportedModelError
 from diffedit.interfaces import Backend, Locator, Sampling, Updater
-from diffedit.request import Action, Request
-from diffedit.site import Location
+from diffedit.request import Action, Request, edited_names
+from diffedit.site import Location, Role
 from diffedit.targets import Completer
+
+CROWDED = 8  # inputs of a layer per edited name
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class Prepared:
     location: Location
     locator: Locator
     updater: Updater
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note if one layer is to hold more names than it has room for, with what has more room.
+
+        On builtin:emoji a layer with 128 inputs kept the others with 12 objects edited at once, lost some with 25, and
+        half of them with 50; the MLPs of all layers held 50.
+        """
+        names, layers = len(edited_names(self.requests)), {site.layer for site in self.location.sites}
+        room = min(site.d_in for site in self.location.sites)
+        if len(layers) > 1 or names * CROWDED <= room:
+            return ()
+        note = f"{names} names are many for one layer with {room} inputs: others may change, so measure them"
+        if Role.TEXT_MLP_OUT in self.updater.roles:
+            note += "; the locator text-mlp-range with stop=1 has more room, and takes longer"
+        return (note,)
 
 
 def choose_backend(model: Any, backend: str | None, **loading: Any) -> Backend:

@@ -1,11 +1,13 @@
 """What the user left unsaid: the kind of a subject, the prompts around it, and what takes its place.
 
 A style is dropped: "a picture in the style of X" is to read as "a picture in the style of a picture". An object
-becomes its category if the model's vocabulary files it under one ("dog" -> "animal"). A category of a few members
-would bring the subject back by itself, for "a vehicle" is drawn as a bus every so often: then the nearest other
-member takes its place. Anything else becomes the nearest general noun ("Snoopy" -> "dog"), among the vocabulary's
-categories or a bundled list. Nearest is by cosine in the model's own text encoder. The choice and its reason are
-written into the edit.
+becomes its category if the model's vocabulary files it under one ("dog" -> "animal"). Anything else becomes the
+nearest general noun ("Snoopy" -> "dog"), among the vocabulary's categories or a bundled list.
+
+What says too little brings the subject back by itself: "a vehicle" is drawn as a bus every so often, a picture in no
+style in one of the six that the model knows. So where the vocabulary lists only a few of a kind, or others of the
+category are edited too, the nearest that stays takes the subject's place. Nearest is by cosine in the model's own text
+encoder. The choice and its reason are written into the edit.
 """
 
 from __future__ import annotations
@@ -103,19 +105,17 @@ class TargetChooser:
         Raises:
             RequestError: no candidate is left.
         """
-        if request.kind == "style":
-            return STYLE_TARGET, f"a style is dropped: {STYLE_TARGET!r} takes its place"
-        taken = {name.casefold() for name in request.names}
         vocabulary = self._backend.model.vocabulary
+        if request.kind == "style":
+            listed = request.subject.casefold() in {style.casefold() for style in vocabulary.styles}
+            said = f"the model's vocabulary lists the style {request.subject!r}" if listed else "a style is dropped"
+            return self._kind_or_member(request, avoid, STYLE_TARGET, said, [vocabulary.styles])
+        taken = {name.casefold() for name in request.names}
         filed = vocabulary.categories.get(request.subject.casefold())
-        if filed is not None and filed.casefold() not in taken and filed.casefold() not in avoid:
-            members = [name for name in vocabulary.objects if vocabulary.categories.get(name.casefold()) == filed]
+        if filed is not None and filed.casefold() not in {*taken, *avoid}:
+            members = tuple(name for name in vocabulary.objects if vocabulary.categories.get(name.casefold()) == filed)
             said = f"the model's vocabulary files {request.subject!r} under {filed!r}"
-            others = tuple(name for name in members if name.casefold() not in taken and name.casefold() not in avoid)
-            if len(members) >= FEW_MEMBERS or not others:
-                return filed, said
-            target, near = self._nearest(request.subject, "others", others, self._encode(others))
-            return target, f"{said}, which has only {len(members)} members; {near}"
+            return self._kind_or_member(request, avoid, filed, said, [members, vocabulary.objects])
         taken |= {name.casefold() for name in request.preserve}
         folded = ((i, word.casefold()) for i, word in enumerate(self.nouns))
         chosen = [i for i, word in folded if word not in taken and word not in avoid]
@@ -126,19 +126,48 @@ class TargetChooser:
         nouns = tuple(self.nouns[i] for i in chosen)
         return self._nearest(request.subject, "general nouns", nouns, self._candidates[chosen])
 
-    def _nearest(self, subject: str, what: str, words: tuple[str, ...], vectors: Tensor) -> tuple[str, str]:
-        cosine = (vectors @ self._encode((subject,))[0]).tolist()
+    def _kind_or_member(
+        self, request: Request, avoid: Collection[str], whole: str, said: str, lists: Sequence[Sequence[str]]
+    ) -> tuple[str, str]:
+        """What stands for a whole kind, or the nearest that stays where the kind would bring edited members back.
+
+        Args:
+            request: the request.
+            avoid: see `choose`.
+            whole: what stands for the kind.
+            said: why that.
+            lists: all that the vocabulary lists of the kind; behind it, where to look if none of these stays.
+        """
+        taken = {name.casefold() for name in request.names}
+        members = lists[0]
+        others = [name.casefold() for name in members if name.casefold() not in taken]
+        edited = sum(name in avoid for name in others)
+        if len(others) == len(members) or (len(members) >= FEW_MEMBERS and not edited):
+            return whole, f"{said}: {whole!r} takes its place"
+        why = f"with {edited} more of its kind edited" if edited else f"one of only {len(members)} members"
+        for names in lists:
+            left = tuple(name for name in names if name.casefold() not in {*taken, *avoid})
+            if left:
+                target, near = self._nearest(
+                    request.subject, "others", left, self._encode(left, request.kind), request.kind
+                )
+                return target, f"{said}, {why}; {near}"
+        return whole, f"{said}: {whole!r} takes its place"
+
+    def _nearest(
+        self, subject: str, what: str, words: tuple[str, ...], vectors: Tensor, kind: Kind = "object"
+    ) -> tuple[str, str]:
+        cosine = (vectors @ self._encode((subject,), kind)[0]).tolist()
         scored = sorted((-c, word) for word, c in zip(words, cosine, strict=True))
         reason = f"nearest of {len(scored)} {what} by the model's own text encoder, cosine {-scored[0][0]:.2f}"
         if len(scored) > 1:
             reason += f"; next {scored[1][1]!r}, {-scored[1][0]:.2f}"
         return scored[0][1], reason
 
-    def _encode(self, nouns: tuple[str, ...]) -> Tensor:
-        """[n, d] unit vectors of "a dog", "an owl", ..."""
-        return torch.nn.functional.normalize(
-            self._backend.features([with_article(word) for word in nouns]).double(), dim=1
-        )
+    def _encode(self, words: Sequence[str], kind: Kind = "object") -> Tensor:
+        """[n, d] unit vectors of "a dog", "an owl", ..., or of "a picture in the style of pixel", ..."""
+        prompts = [f"a picture in the style of {word}" if kind == "style" else with_article(word) for word in words]
+        return torch.nn.functional.normalize(self._backend.features(prompts).double(), dim=1)
 
 
 class Completer:

@@ -111,6 +111,12 @@ METHODS: dict[str, Method] = {
     "quickfix-named-only": Method("quickfix", (_PAPER,), part="without both: named concepts are held, by lam alone"),
     "quickfix-exact": Method("quickfix", ({"exact": "empty"},), part="the empty prompt moves by nothing at all"),
     "quickfix-mlp": Method("quickfix", ({LOCATOR: _EARLY},), part="edits the first layer's MLP instead"),
+    "quickfix-spread": Method(
+        "quickfix",
+        ({LOCATOR: {"name": "text-mlp-range", "stop": 1.0}},),
+        part="spreads the edit over the MLPs of all layers",
+        seconds=6,
+    ),
     "quickfix-traced": Method(
         "quickfix",
         ({LOCATOR: {"name": "causal-trace", "measure": "embedding", "sites": 2}},),
@@ -118,7 +124,7 @@ METHODS: dict[str, Method] = {
         seconds=4,
     ),
 }
-REFERENCE = "quickfix"
+REFERENCE, CROWD = "quickfix", "quickfix-spread"  # and how it is meant to be used for many concepts at once
 
 
 def available(names: Sequence[str] = ()) -> dict[str, Method]:

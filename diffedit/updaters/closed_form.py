@@ -47,7 +47,7 @@ from diffedit.updaters.tokens import PairWeights
 from diffedit.updaters.values import Recipe, ValueKind, key_values
 
 FLOAT32_TOL = 1e-7
-TAIL_WEIGHT = 0.3
+TAIL_WEIGHT, TAIL_WEIGHT_SPREAD = 0.3, 1.0
 PAIR_TOL = 0.05
 CAPTIONS = 300
 EVERYDAY_WEIGHT = 1e4
@@ -63,7 +63,8 @@ class QuickFix(Updater):
         subject_weight: weight of the pairs that the location's token rule selects.
         eos_weight: weight of each pair after the subject, up to the end-of-text token. They close a leak (those
             positions read the subject's embedding by themselves, before the edit) but every prompt has them, so they
-            disturb others unless those are held. Left out: 0.3 for objects if anything is held, else 0.
+            disturb others unless those are held. Left out: for objects, if anything is held, 0.3 at one site and 1 at
+            several, for later layers have read the subject there; else 0.
         padding_weight: weight of each padding pair. They leak in the same way, but are many: holding what they say
             costs far more time and larger files, and has shown no gain beside `eos_weight`.
         preserve_weight: weight of each preserve key; larger holds them stiller at the cost of the edit.
@@ -124,12 +125,13 @@ class QuickFix(Updater):
         """
         prepared = [self._prepared(request) for request in requests]
         turns = in_turn(location.sites) if self.values == "stream" else [dict.fromkeys(location.sites, 1.0)]
+        weights = [self._weights(request, len(turns) > 1) for request in prepared]
         if len(turns) == 1:
-            return self.solve_pairs(self._pairs(backend, prepared, location, turns[0], {}))
+            return self.solve_pairs(self._pairs(backend, prepared, weights, location, turns[0], {}))
         plain = [request.model_copy(update={"strength": 1.0}) for request in prepared]
         whole = Delta({})
         for shares in turns:
-            part = self.solve_pairs(self._pairs(backend, plain, location, shares, whole.factors))
+            part = self.solve_pairs(self._pairs(backend, plain, weights, location, shares, whole.factors))
             whole = Delta(
                 {**whole.factors, **part.factors},
                 {**whole.diagnostics, **part.diagnostics},
@@ -144,13 +146,13 @@ class QuickFix(Updater):
         self,
         backend: Backend,
         requests: Sequence[Request],
+        weights: Sequence[PairWeights],
         location: Location,
         shares: Mapping[EditSite, float],
         before: Mapping[EditSite, LowRank],
     ) -> dict[EditSite, Pairs]:
         """The pairs of the sites of one turn, under the changes made before."""
         recipe = Recipe(self.values, self.pair_tol, self._keep_bias, shares, before)
-        weights = [self._weights(request) for request in requests]
         pairs = key_values(backend, requests, sorted(shares), location.tokens, weights, recipe)
         if not self._priced:
             return pairs
@@ -225,9 +227,10 @@ class QuickFix(Updater):
     def _prepared(self, request: Request) -> Request:
         return request
 
-    def _weights(self, request: Request) -> PairWeights:
+    def _weights(self, request: Request, spread: bool) -> PairWeights:
         held = bool(request.preserve) or self.everyday > 0
-        tail = TAIL_WEIGHT if held and request.kind == "object" else 0.0
+        weight = TAIL_WEIGHT_SPREAD if spread else TAIL_WEIGHT
+        tail = weight if held and request.kind == "object" else 0.0
         eos = tail if self.eos_weight is None else self.eos_weight
         return PairWeights(self.subject_weight, eos, self.padding_weight)
 
