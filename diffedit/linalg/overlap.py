@@ -21,7 +21,7 @@ from torch import Tensor
 
 INDEPENDENT = 1e-8  # least eigenvalue of the Gram matrix; directions with 1 - cos <= 1e-9 give at most 1e-9
 _RANK = 1e-12  # of the largest energy: singular values of 1e-6
-_RIDGE = 1e-11
+_RIDGE = 1e-5  # hides differences of rows up to 1 - cos = 1e-9, which whitening would blow up to directions
 _CLOSE = 0.999  # squared cosine in float32
 _ROWS = 1024
 _PAIRS = 1 << 14
@@ -42,7 +42,7 @@ def sharing(rows: Tensor, counts: Sequence[int]) -> list[tuple[int, int]]:
         if int(torch.linalg.cholesky_ex(shifted).info) == 0:
             return []
     gram = basis.T @ basis
-    gram.diagonal().add_(_RIDGE * n / d)
+    gram.diagonal().add_(_RIDGE * max(1.0, n / d))
     factor = torch.linalg.cholesky(gram)
     white, owner = _orthonormal(torch.linalg.solve_triangular(factor, basis.T, upper=False).T, owner)
     largest = int(owner.bincount().max())

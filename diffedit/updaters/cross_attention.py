@@ -27,6 +27,7 @@ script stops with an error. Limits: the picture still reads end-of-text and padd
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -79,9 +80,18 @@ class CrossAttention(Updater):
     _expanded: ClassVar[Mapping[Kind, tuple[str, ...]]] = {"object": _BARE, "style": _BARE}
 
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:
-        """One joint solve of all requests for all sites of the location."""
+        """One joint solve of all requests for all sites of the location.
+
+        Raises:
+            ContradictionError: the same key is asked for two different values at the subjects' own tokens. Where all
+                positions are paired, those around the subjects are much alike, and least squares averages them.
+        """
         pairs = self.pairs(backend, requests, location)
-        check_contradictions(pairs[location.sites[0]], [request.subject for request in requests])
+        own, probe = pairs, location.sites[0]
+        if self.pairing == "every" and len(requests) > 1:
+            alone = self.model_copy(update={"pairing": "subject"})
+            own = alone.pairs(backend, requests, dataclasses.replace(location, sites=(probe,)))
+        check_contradictions(own[probe], [request.subject for request in requests])
         return self.solve_pairs(pairs)
 
     def solve_pairs(self, pairs: Mapping[EditSite, Pairs]) -> Delta:

@@ -130,6 +130,19 @@ def test_planted_shared_directions_are_all_found(blocks, d):
     assert set(planted) <= set(found) and len(found) <= len(planted) + 2
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-9, 1e-8, 1e-7, 1e-6, 2e-5])
+@pytest.mark.parametrize(("blocks", "d"), [(2, 32), (40, 32), (40, 768)])
+def test_what_differs_by_rounding_alone_is_shared(apart, blocks, d):
+    """The same prompt read twice differs by the rounding of the model's arithmetic, which processors do differently."""
+    rng = np.random.default_rng(4)
+    rows = rng.standard_normal((blocks, d)) + 3.0 * rng.standard_normal(d)  # and all have much in common
+    noise = rng.standard_normal(d)
+    rows[-1] = rows[0] + apart * np.linalg.norm(rows[0]) * noise / np.linalg.norm(noise)
+    found = sharing(torch.from_numpy(rows), [1] * blocks)
+    assert (0, blocks - 1) in found
+    assert len(found) <= blocks
+
+
 def test_independent_blocks_share_nothing():
     rng = np.random.default_rng(3)
     assert sharing(torch.from_numpy(orthonormal(rng, 60, 30).T), [2] * 15) == []

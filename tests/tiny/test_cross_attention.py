@@ -154,13 +154,14 @@ def test_time_does_not_compose(sd1):
     assert len(both.requests) == 2
 
 
-def test_an_object_given_two_meanings_is_refused(sd1):
+@pytest.mark.parametrize("updater", [UCE(), UCE(pairing="every")])
+def test_an_object_given_two_meanings_is_refused(sd1, updater):
     requests = [make_request(subject="dog", target="cat"), make_request(subject="Dog's", target="bird")]
     requests[1] = requests[1].model_copy(update={"subject": "dog", "aliases": ()})
     backend = Editor(sd1).backend
     location = CrossAttentionLocator().locate(backend, requests)
     with pytest.raises(ContradictionError, match="different values"):
-        UCE().solve(backend, requests, location)
+        updater.solve(backend, requests, location)
 
 
 def test_what_cannot_be_is_said(sd1):

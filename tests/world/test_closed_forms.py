@@ -7,7 +7,7 @@ import pytest
 
 from diffedit.locators.cross_attention import CrossAttentionLocator
 from diffedit.site import Role
-from diffedit.updaters.cross_attention import UCE
+from diffedit.updaters.cross_attention import TIME, UCE
 
 PROMPT = "a picture of a {}"
 SEEDS = range(710_000, 710_004)
@@ -41,3 +41,11 @@ def test_uce_makes_every_layer_read_the_bare_name_as_its_target(editor):
         dog, wolf = before.outputs[site][:, last].double()
         now = after.outputs[site][0, last].double()
         assert float((now - wolf).norm()) < 1e-2 * float((dog - wolf).norm())
+
+
+@pytest.mark.parametrize("updater", [UCE(pairing="every"), TIME()])
+def test_several_subjects_paired_at_every_position_are_no_contradiction(editor, updater):
+    """The positions around the subjects are alike and want different things: the method averages them."""
+    edit = editor.ablate(["fox", "banana"], updater=updater)
+    assert len(edit.requests) == 2
+    edit.revert()
