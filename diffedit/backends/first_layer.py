@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from diffedit.reading import Place
 
 ROWS = 16
-_CHUNK = 2048
+_CHUNK = 256  # prompts whose rows fit the processor's own cache
 
 
 def plain_first_layer(encoder: Any, root: Any) -> bool:
@@ -128,14 +128,15 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, lengt
     b, t = keys.shape
     heads = attention.num_heads
     q = (q * attention.scale).view(b, heads, -1)
-    scores = torch.stack([(k[keys[:, i]].view_as(q) * q).sum(-1) for i in range(t)])
+    steps = keys.T.contiguous().unbind()
+    scores = torch.stack([k.index_select(0, rows).view_as(q).mul_(q).sum(-1) for rows in steps])
     beyond = torch.arange(t, device=keys.device)[:, None] >= lengths
     scores = scores.masked_fill(beyond[..., None], -torch.inf)
     shares = (scores - scores.amax(0)).exp()
     total, mixed = torch.zeros_like(shares[0]), torch.zeros_like(q)
-    for i in range(t):
-        total = total + shares[i]
-        mixed = mixed + v[keys[:, i]].view_as(q) * shares[i, ..., None]
+    for rows, share in zip(steps, shares, strict=True):
+        total += share
+        mixed += v.index_select(0, rows).view_as(q).mul_(share[..., None])
     return (mixed / total[..., None]).reshape(b, -1)
 
 
