@@ -215,7 +215,8 @@ class Ledger:
                 new[site] = rounded_sum(site, base[site], changes)[0] if changes else base[site]
                 kept = None if changes or site not in self._base else self.base_hashes(site)
                 hashes[site] = tensor_hash(new[site]) if kept is None else kept[dtype_name(new[site].dtype)]
-        before = {site: weight.detach().clone() for site, weight in live.items()}
+        held = {site for delta in self._active.values() for site in delta.sites}  # others are the base to the bit
+        before = {site: weight.detach().clone() if site in held else base[site] for site, weight in live.items()}
         books = (self._base, self._written, self._active)
         try:
             with torch.no_grad():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -23,7 +24,7 @@ from diffedit.site import EditSite
 
 FLOORS = {torch.float64: 0.99, torch.float32: 0.99, torch.float16: 0.95, torch.bfloat16: 0.90}
 
-_BLOCK = 1 << 17  # numbers; a megabyte in float64
+_BLOCK = 1 << 15  # numbers; a few blocks of float64 fit the processor's own cache
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -64,8 +65,11 @@ def same_bits(live: Tensor, kept: Tensor) -> bool:
 
 def frobenius(weight: Tensor) -> float:
     """Frobenius norm of a matrix, squared and summed in float64 whatever its dtype; NaN and infinity carry over."""
-    rows = (part.detach().double().flatten() for part in torch.split(weight, _rows(weight)))
-    return math.sqrt(sum(float(torch.dot(part, part)) for part in rows))
+    parts, total = torch.split(weight.detach(), _rows(weight)), 0.0
+    for part, wide in zip(parts, _buffers(parts, 1), strict=True):
+        flat = wide[0].copy_(part).view(-1)
+        total += float(torch.dot(flat, flat))
+    return math.sqrt(total)
 
 
 class Known:
@@ -99,14 +103,16 @@ def rounded_sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[T
         change.check_finite(site.name)
     up = torch.cat([change.up.double().to(base.device) for change in changes], 1)
     down = torch.cat([change.down.double().to(base.device) for change in changes], 0)
-    weight, rows = torch.empty_like(base), _rows(base)
+    weight = torch.empty_like(base)
+    blocks = [torch.split(x, _rows(base)) for x in (base, up, weight)]
     asked = got = 0.0
-    for before, factor, after in zip(*(torch.split(x, rows) for x in (base, up, weight)), strict=True):
-        exact, wanted = before.double(), factor @ down
-        made = (after.copy_(exact + wanted).double() - exact).flatten()
-        wanted = wanted.flatten()
-        asked += float(torch.dot(wanted, wanted))
-        got += float(torch.dot(wanted, made))
+    for before, factor, after, (exact, wanted, made) in zip(*blocks, _buffers(blocks[0], 3), strict=True):
+        exact.copy_(before)
+        torch.mm(factor, down, out=wanted)
+        after.copy_(torch.add(exact, wanted, out=made))
+        made.copy_(after).sub_(exact)
+        asked += float(torch.dot(wanted.view(-1), wanted.view(-1)))
+        got += float(torch.dot(wanted.view(-1), made.view(-1)))
     if got - got != 0.0:  # infinite or NaN
         bad = int((~torch.isfinite(base)).sum())
         if bad:
@@ -142,6 +148,12 @@ def achieved_share(site: EditSite, dtype: torch.dtype, asked: float, got: float)
             hint="load the model in float32 and edit that",
         )
     return achieved
+
+
+def _buffers(parts: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+    """Per part [n, d] the same float64 memory [count, n, d]: fresh memory would cost more than what is done in it."""
+    memory = parts[0].new_empty(count, *parts[0].shape, dtype=torch.float64)
+    return (memory[:, : len(part)] for part in parts)
 
 
 def _rows(matrix: Tensor) -> int:

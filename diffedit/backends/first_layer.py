@@ -24,16 +24,21 @@ no: then the model itself runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffedit.reading import Place
 
+Numbers = npt.NDArray[np.int64]
+
 ROWS = 16
-_CHUNK = 2048
+_CHUNK = 256  # prompts whose rows fit the processor's own cache
 
 
 def plain_first_layer(encoder: Any, root: Any) -> bool:
@@ -84,28 +89,41 @@ def _read(root: Any, prefixes: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tenso
     embeddings, attention = root.embeddings, root.encoder.layers[0].self_attn
     device = embeddings.token_embedding.weight.device
     table, lengths = _table(prefixes, embeddings.position_embedding.num_embeddings)
-    distinct, where = torch.unique(table, return_inverse=True)
-    last = where.gather(1, lengths[:, None] - 1)[:, 0]
-    asked, asking = torch.unique(last, return_inverse=True)
-    stream, normed = _embed(root, distinct.to(device))
+    distinct, where = _unique(table)
+    last = where[np.arange(len(where)), lengths - 1]
+    asked, asking = _unique(last)
+    stream, normed = _embed(root, _there(distinct, device))
     k, v = _linear(attention.k_proj, normed), _linear(attention.v_proj, normed)
-    q = _linear(attention.q_proj, _padded(normed[asked.to(device)]))
+    q = _linear(attention.q_proj, _padded(normed[_there(asked, device)]))
     inputs = stream.new_empty(len(prefixes), stream.shape[1])
-    for rows in torch.split(torch.argsort(lengths, stable=True), _CHUNK):  # ascending: a chunk's lengths differ little
-        keys, shown = where[rows, : int(lengths[rows[-1]])], lengths[rows].to(device)
-        inputs[rows.to(device)] = _attend(attention, q[asking[rows].to(device)], k, v, keys.to(device), shown)
-    return inputs, stream[last.to(device)]
+    ascending = np.argsort(lengths, kind="stable")  # so that a chunk's lengths differ little
+    for start in range(0, len(ascending), _CHUNK):
+        rows = ascending[start : start + _CHUNK]
+        numbers = where[rows, : lengths[rows[-1]]].T, lengths[rows], asking[rows], rows
+        keys, shown, asks, at = (_there(x, device) for x in numbers)
+        inputs[at] = _attend(attention, q.index_select(0, asks), k, v, keys, shown)
+    return inputs, stream.index_select(0, _there(last, device))
 
 
-def _table(prefixes: Sequence[tuple[int, ...]], positions: int) -> tuple[Tensor, Tensor]:
+def _table(prefixes: Sequence[tuple[int, ...]], positions: int) -> tuple[Numbers, Numbers]:
     """One code for each (token, position), [b, t], short prefixes filled up with their first; lengths [b]."""
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    places = torch.arange(int(lengths.max()))
+    lengths = np.fromiter(map(len, prefixes), np.int64, len(prefixes))
+    places = np.arange(int(lengths.max()))
     held = places < lengths[:, None]
-    table = torch.zeros(held.shape, dtype=torch.int64)
-    table[held] = torch.tensor([token for prefix in prefixes for token in prefix])
+    table = np.zeros(held.shape, np.int64)
+    table[held] = np.fromiter(chain.from_iterable(prefixes), np.int64, int(lengths.sum()))
     codes = table * positions + places
-    return torch.where(held, codes, codes[:, :1]), lengths
+    return np.where(held, codes, codes[:, :1]), lengths
+
+
+def _unique(numbers: Numbers) -> tuple[Numbers, Numbers]:
+    """The distinct numbers in order, and for each number which of them it is."""
+    distinct, where = np.unique(numbers, return_inverse=True)
+    return distinct, where.reshape(numbers.shape)
+
+
+def _there(numbers: Numbers, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
 
 
 def _embed(root: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,22 +138,22 @@ def _embed(root: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
-    """[b, d]: one query each (q [b, d]) over its prefix: `lengths` of the rows `keys` [b, t] of k and v.
+    """[b, d]: one query each (q [b, d]) over its prefix: `lengths` of the rows `keys` [t, b] of k and v.
 
     Sums run over the prefix one token after the other. Beyond a prefix the shares are zero, which adds nothing: so its
     bits do not depend on the longest one beside it.
     """
-    b, t = keys.shape
+    t, b = keys.shape
     heads = attention.num_heads
     q = (q * attention.scale).view(b, heads, -1)
-    scores = torch.stack([(k[keys[:, i]].view_as(q) * q).sum(-1) for i in range(t)])
+    scores = torch.stack([k.index_select(0, rows).view_as(q).mul_(q).sum(-1) for rows in keys])
     beyond = torch.arange(t, device=keys.device)[:, None] >= lengths
     scores = scores.masked_fill(beyond[..., None], -torch.inf)
     shares = (scores - scores.amax(0)).exp()
     total, mixed = torch.zeros_like(shares[0]), torch.zeros_like(q)
-    for i in range(t):
-        total = total + shares[i]
-        mixed = mixed + v[keys[:, i]].view_as(q) * shares[i, ..., None]
+    for rows, share in zip(keys, shares, strict=True):
+        total += share
+        mixed += v.index_select(0, rows).view_as(q).mul_(share[..., None])
     return (mixed / total[..., None]).reshape(b, -1)
 
 

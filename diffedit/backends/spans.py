@@ -14,6 +14,8 @@ from diffedit.reading import no_whole_word
 from diffedit.site import SubjectSpan
 from diffedit.text import clean, find, locate
 
+_TOGETHER = 512  # prompts in one call: what the tokenizer says of them is gone before the garbage collector counts it
+
 
 def subject_span(tokenizer: Any, prompt: str, subject: str, length: int, occurrence: int | None = None) -> SubjectSpan:
     """Token positions of `subject` in `prompt`, counted with the begin-of-text token at 0.
@@ -45,7 +47,7 @@ def subject_span(tokenizer: Any, prompt: str, subject: str, length: int, occurre
 
 
 def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], length: int) -> list[SubjectSpan]:
-    """`subject_span` for many (prompt, subject, character offset of the subject), in one call of the tokenizer.
+    """`subject_span` for many (prompt, subject, character offset of the subject), in few calls of the tokenizer.
 
     Raises:
         RequestError: a subject does not stand there as whole words.
@@ -54,10 +56,11 @@ def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], lengt
     distinct = dict.fromkeys(phrases)
     plain = [phrase for phrase in distinct if _is_plain(*phrase)]
     found: dict[tuple[str, str, int], SubjectSpan] = {}
-    if plain:
-        prompts = [prompt for prompt, _, _ in plain]
+    for start in range(0, len(plain), _TOGETHER):
+        part = plain[start : start + _TOGETHER]
+        prompts = [prompt for prompt, _, _ in part]
         encoded = tokenizer(prompts, return_attention_mask=False, truncation=False, verbose=False)
-        for i, (phrase, ids) in enumerate(zip(plain, encoded["input_ids"], strict=True)):
+        for i, (phrase, ids) in enumerate(zip(part, encoded["input_ids"], strict=True)):
             prompt, subject, begin = phrase
             first = encoded.char_to_token(i, begin)
             last = encoded.char_to_token(i, begin + len(subject) - 1)

@@ -40,7 +40,7 @@ class TokenReads(Backend):
     def _root(encoder: Any) -> Any: ...
 
     def spans(self, phrases: Sequence[tuple[str, str, int]]) -> list[SubjectSpan]:
-        """Token positions of many subjects, in one call of the tokenizer; see `Backend.spans`."""
+        """Token positions of many subjects, in few calls of the tokenizer; see `Backend.spans`."""
         return subject_spans(self._tokenizer, phrases, self.length)
 
     def positions(self, prompt: str, site: EditSite) -> int:

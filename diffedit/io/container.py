@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -142,7 +143,12 @@ def unpack(data: bytes, where: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def tensor_bytes(tensor: Tensor, name: str = "the tensor") -> bytes:
-    """The numbers of a tensor in row-major order, little-endian, without padding.
+    """A copy of `tensor_numbers`."""
+    return tensor_numbers(tensor, name).tobytes()
+
+
+def tensor_numbers(tensor: Tensor, name: str = "the tensor") -> npt.NDArray[np.signedinteger[Any]]:
+    """The numbers of a tensor in row-major order, little-endian, without padding; their bits as integers.
 
     Raises:
         UnsupportedTensorError: a dtype other than the four floats, or no plain data (meta, sparse).
@@ -155,7 +161,8 @@ def tensor_bytes(tensor: Tensor, name: str = "the tensor") -> bytes:
         )
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(integers)
-    return flat.numpy().astype(f"<i{tensor.dtype.itemsize}", copy=False).tobytes()
+    found: npt.NDArray[np.signedinteger[Any]] = flat.numpy().astype(f"<i{tensor.dtype.itemsize}", copy=False)
+    return found
 
 
 def _frame(header: Mapping[str, Any], where: str) -> bytes:

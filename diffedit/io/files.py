@@ -34,7 +34,7 @@ from diffedit.errors import (
     UnsupportedTensorError,
     UnsupportedVersionError,
 )
-from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, tensor_bytes, unpack
+from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, tensor_numbers, unpack
 from diffedit.io.manifest import FORMAT, FORMAT_VERSION, Manifest, TensorRecord, canonical_json
 from diffedit.io.names import tensor_names
 from diffedit.io.strict import loads
@@ -53,7 +53,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     Raises:
         UnsupportedTensorError: not a dense float16, bfloat16, float32 or float64 tensor.
     """
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    return hashlib.sha256(tensor_numbers(tensor).data).hexdigest()
 
 
 def tensor_records(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:

@@ -61,13 +61,22 @@ class TradeOff:
         return (max(float(self.energies[-1]), 0.0) + t) / (max(float(self.energies[0]), 0.0) + t)
 
     def choose(self, give_up: float) -> float:
-        """The largest factor that leaves at most the share `give_up` of what can be reached undone; see `FACTORS`."""
+        """The largest factor that leaves at most the share `give_up` of what can be reached undone; see `FACTORS`.
+
+        To three digits: the search ends where both ends of what is left of the range round to the same.
+        """
         low, high = max(FACTORS[0], min(self.least, 1.0)), FACTORS[1]
         least = (1.0 - give_up) * self.efficacy(low)
         for _ in range(_HALVINGS):
+            if _rounded(low) == _rounded(high):
+                break
             middle = (low * high) ** 0.5
             low, high = (middle, high) if self.efficacy(middle) >= least else (low, middle)
-        return float(f"{low:.3g}")
+        return _rounded(low)
+
+
+def _rounded(factor: float) -> float:
+    return float(f"{factor:.3g}")
 
 
 def from_spread(keys: Tensor, residuals: Tensor, spread: Tensor) -> TradeOff:
@@ -95,11 +104,13 @@ def from_spread(keys: Tensor, residuals: Tensor, spread: Tensor) -> TradeOff:
     beyond = residuals - u @ mixed  # of [R; 0] outside of all keys: nothing unless N > d
     crossed, outside = (mixed * (u.T @ beyond)).sum(1), float(beyond.square().sum())
     size = float(residuals.square().sum())
+    lost = max(size - float(every.sum()), 0.0)
+    energies, own, across, each = (x.cpu().numpy() for x in (g, mine, crossed, every))  # small: torch would cost more
 
     def undone(t: float) -> tuple[float, float]:
-        left = t / (g + t)
-        asked = max(float(left @ mine @ left + 2 * left @ crossed) + outside, 0.0)
-        whole = float(every @ left.square()) + max(size - float(every.sum()), 0.0)
+        left = t / (energies + t)
+        asked = max(float(left @ own @ left + 2 * left @ across) + outside, 0.0)
+        whole = float(each @ left**2) + lost
         return asked**0.5, max(whole - asked, 0.0) ** 0.5
 
     def cost(t: float) -> float:

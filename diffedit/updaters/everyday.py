@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffedit.errors import MalformedArtifactError, RequestError, StorageError
 from diffedit.interfaces import Backend
@@ -149,16 +149,27 @@ def _state(backend: Backend, site: EditSite) -> tuple[object, ...]:
 
     Torch counts writes to a tensor, but not those that go past it (`.data`); a few numbers of each show most of these.
     """
-    own = site.path.rsplit(".encoder.", 1)[-1] + "."
     component: Any = getattr(backend.model.pipeline, site.component, None)
+    own = site.path.rsplit(".encoder.", 1)[-1] + "."
     found: list[object] = []
-    for name, tensor in (component.state_dict(keep_vars=True) if component is not None else {}).items():
-        layer = _LAYER.search(name)
-        if own not in name and (layer is None or int(layer[1]) <= site.layer):
+    for name, tensor in _up_to(component, site.layer) if component is not None else ():
+        if own not in name:
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].tolist()
             found.append((name, id(tensor), tensor.data_ptr(), tensor._version, *sample))
     return tuple(found)
+
+
+def _up_to(module: nn.Module, layer: int, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, without those of later layers."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, child in module._modules.items():
+        inner = f"{prefix}{name}."
+        at = _LAYER.search(inner)
+        if child is not None and (at is None or int(at[1]) <= layer):
+            yield from _up_to(child, layer, inner)
 
 
 def _spans(backend: Backend, prompts: list[str]) -> list[SubjectSpan]:

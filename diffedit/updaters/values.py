@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,11 +164,19 @@ def _collect(
                 reduced = _reduced(keys, residuals, read[which], part, recipe.tol, recipe.shares.get(site, 1.0))
                 out[site].update(zip(portion[which], reduced, strict=True))
                 owners = (i for i, count in zip(portion[which], part.counts, strict=True) for _ in range(count))
-                for i, row in zip(owners, keys.cpu().numpy(), strict=True):
-                    first = holders[site].setdefault(hash(row.tobytes()), i)
+                for i, mark in zip(owners, _marks(keys), strict=True):
+                    first = holders[site].setdefault(mark, i)
                     if first != i:
                         shared[site].add((min(first, i), max(first, i)))
     return {site: [found[i] for i in range(len(entries))] for site, found in out.items()}, shared
+
+
+def _marks(keys: Tensor) -> list[int]:
+    """A number for each key, the same for the same bits; different keys hardly ever share one."""
+    bits = keys.cpu().numpy().view(np.int32)
+    weights = np.random.default_rng(0).integers(-(2**62), 2**62, bits.shape[1]) * 2 + 1
+    found: list[int] = (bits @ weights).tolist()  # beyond 64 bits it wraps around
+    return found
 
 
 def _differences(
@@ -185,18 +194,20 @@ def _differences(
     """
     (inputs, streams), (aims, aim_streams) = ((rows.inputs[site], rows.streams[site]) for rows in seen)
     s, t = torch.tensor([listed.sources, listed.targets], device=inputs.device)
-    keys = inputs[s]
+    keys = inputs.index_select(0, s)
     _check_finite("the layer's input", keys, site)
     if entries[0].held is not None:
         return keys, keys[:, :0]
     with torch.no_grad(), torch.autocast(device_type=inputs.device.type, enabled=False):
-        shift = torch.nn.functional.pad(aims[t] - keys, (0, 0, 0, -len(keys) % _ROWS))
+        shift = aims.index_select(0, t).sub_(keys)
+        if len(keys) % _ROWS:
+            shift = torch.nn.functional.pad(shift, (0, 0, 0, -len(keys) % _ROWS))
         residuals = (shift @ backend.weight(site).detach().to(inputs.dtype).T)[: len(keys)]
         bias = backend.bias(site)
         if bias is not None and recipe.keep_bias:
             residuals += bias.detach().to(inputs.dtype)
         if recipe.kind == "stream":
-            residuals += aim_streams[t] - streams[s]
+            residuals += aim_streams.index_select(0, t).sub_(streams.index_select(0, s))
     _check_finite("the layer's output", residuals, site)
     owner = torch.arange(len(entries)).repeat_interleave(torch.tensor(listed.counts)).to(inputs.device)
     sizes = [

@@ -152,6 +152,18 @@ def test_the_chosen_factor_is_the_largest_that_keeps_to_it(give_up):
         assert curve.efficacy(1.05 * t) < (1 - give_up) * best
 
 
+@ORACLE
+@given(**SIZES, give_up=st.floats(0.01, 0.9))
+def test_the_search_that_ends_early_finds_what_forty_halvings_find(seed, n, m, d, e, give_up):
+    for curve in Problem(seed, n, m, d, e).ways():
+        low, high = max(FACTORS[0], min(curve.least, 1.0)), FACTORS[1]
+        least = (1.0 - give_up) * curve.efficacy(low)
+        for _ in range(40):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if curve.efficacy(middle) >= least else (low, middle)
+        assert curve.choose(give_up) == float(f"{low:.3g}")
+
+
 def test_a_scaled_request_chooses_the_same_factor():
     p = Problem(6, 5, 3, 20, 4)
     spread = p.metric.back(p.metric.white(p.rows))

@@ -11,10 +11,11 @@ from diffedit.edit import Edit
 from diffedit.errors import IllConditionedError, NotComposableError, RequestError
 from diffedit.linalg.metric import Metric, same_marks
 from diffedit.request import make_request
+from diffedit.site import Role
 from diffedit.tradeoff import draw_trade_off, trade_off
 from diffedit.updaters import everyday
 from diffedit.updaters.closed_form import GIVE_UP, GIVE_UP_HELD, QuickFix
-from diffedit.updaters.everyday import captions
+from diffedit.updaters.everyday import _state, captions
 from tests.tiny import build
 
 EXACT_TOL = 1e-5
@@ -262,3 +263,15 @@ def test_the_moment_is_measured_once_and_again_when_the_weights_change(editor, s
         with torch.no_grad():
             change(layer[0].self_attn.q_proj.weight)
         assert measured() and not measured()
+
+
+def test_the_state_of_the_weights_covers_all_that_a_site_depends_on_and_no_more(editor):
+    """The plain way to list them is the component's whole state dict."""
+    encoder = editor.pipeline.text_encoder
+    for site in editor.backend.sites(Role.TEXT_SELF_ATTN_OUT):
+        seen = {entry[0] for entry in _state(editor.backend, site)}
+        before = [f"layers.{layer}." for layer in range(site.layer + 1)]
+        own = f"layers.{site.layer}.self_attn.out_proj."
+        for name in encoder.state_dict():
+            reads = ".layers." not in name or any(part in name for part in before)
+            assert (name in seen) is (reads and own not in name), name

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffedit import Editor
-from diffedit.backends import first_layer
+from diffedit.backends import first_layer, spans
 from diffedit.edit import Edit
 from diffedit.errors import ContradictionError, ForeignChangeError, RequestError, SwallowedError
 from diffedit.interfaces import Backend
@@ -17,6 +17,7 @@ from diffedit.request import make_request
 from diffedit.site import Role, TokenRule
 from diffedit.updaters import tokens, values
 from diffedit.updaters.closed_form import QuickFix
+from diffedit.updaters.values import _marks
 from tests.tiny import build
 
 PHRASES = [
@@ -50,6 +51,29 @@ def test_spans_together_are_the_spans_one_by_one(pipeline):
             backend.spans([*PHRASES, glued])
     with pytest.raises(RequestError, match="cut off"):
         backend.spans([*PHRASES, ("a " * 80 + "dog", "dog", 160)])
+
+
+def test_spans_do_not_depend_on_how_many_prompts_go_into_one_call(sd1, monkeypatch):
+    backend = Editor(sd1).backend
+    phrases = [(f"a {word} and a fox", word, 2) for word in ("dog", "cat", "Snoopy", "caf\u00e9", "owl")]
+    whole = [(span, span.tokens) for span in backend.spans(phrases)]
+    for together in (1, 2, 4):
+        monkeypatch.setattr(spans, "_TOGETHER", together)
+        assert [(span, span.tokens) for span in backend.spans(phrases)] == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_have_one_mark_exactly_if_they_have_the_same_bits(dtype):
+    keys = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keys[200:] = keys[:100]
+    keys[150:160] = torch.nextafter(keys[:10], torch.full_like(keys[:10], torch.inf))
+    keys[160, 3] = 0.0
+    keys[161] = keys[160]
+    keys[161, 3] = -0.0  # another bit, so another mark
+    marks = _marks(keys)
+    bits = [row.tobytes() for row in keys.numpy()]
+    assert [marks.index(mark) for mark in marks] == [bits.index(row) for row in bits]
+    assert marks == [mark for part in torch.split(keys, 13) for mark in _marks(part)]
 
 
 def test_reading_tokens_equals_the_plain_forward_pass(pipeline):
