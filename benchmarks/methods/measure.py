@@ -103,9 +103,9 @@ class World:
         method, kind = METHODS[cell.method], cell.kind
         said: dict[str, Any] = {"updater": updater, "locator": locator}
         said["preserve"] = None if method.preserve else ()
-        if kind == FACT:
+        if kind == FACT:  # an update but for its name, which methods that erase would refuse
             subject = cell.concepts[0]
-            return self.editor.update(subject, fact_target(subject), kind="object", **said)
+            return self.editor.ablate(subject, target=fact_target(subject), kind="object", **said)
         if kind != COLOUR:
             return self.editor.ablate(list(cell.concepts), kind=kind, **said)
         colour = cell.concepts[0]
