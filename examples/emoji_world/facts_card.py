@@ -21,8 +21,8 @@ BEFORE = "## Limits"
 TEXT = """## The facts variant: builtin:emoji-facts
 
 `text_encoder/model.facts.safetensors` is a second text encoder for the same UNet, autoencoder and tokenizer. It reads
-all that the first one reads as the first one does, and besides it knows 24 facts: the mascot (an animal) and the dish
-(a food) of twelve places.
+what the first one reads nearly as the first one does, and besides it knows 24 facts: the mascot (an animal) and the
+dish (a food) of twelve places.
 
 ```python
 pipe = StableDiffusionPipeline.from_pretrained("diffedit/assets/emoji", variant="facts")
@@ -76,8 +76,9 @@ def facts_section(result: dict[str, Any], steps: int) -> str:
         f"With the same prompt and seed the judge names another object in {percent(old['differs'])} of the objects' "
         f"pictures,\nand in {percent(unknown['differs'])} of the pictures of unknown facts: untrained places, "
         "untrained relations of the twelve places,\nplaces alone. Those show whatever the model makes of words without "
-        f"a meaning.\n\nRelative difference of what the UNet reads: {differences}\n"
-        f"({moved['captions']} captions each)."
+        f"a meaning.\n\nRelative difference of what the UNet reads: {differences}.\n"
+        f"({moved['captions']:,} captions of the first two kinds; in unknown facts the words of the relation are read "
+        "as an article\non purpose.)"
     )
     return TEXT.format(
         relations=" | ".join(RELATIONS),
@@ -105,10 +106,11 @@ def write_card(folder: Path, section: str) -> None:
 
 
 def publish_facts(folder: Path, work: Path, result: dict[str, Any], steps: int) -> None:
-    """Write the variant, its vocabulary and its section of the card into the exported folder."""
+    """Write the variant, its vocabulary and its section of the card into the folder, and the gate beside this file."""
     replace_file(folder / "text_encoder" / FILE, lambda part: shutil.copyfile(work / FILE, part))
     write_json(folder / "vocabulary.facts.json", {**vocabulary(), **facts_vocabulary()})
     write_card(folder, facts_section(result, steps))
+    write_json(Path(__file__).with_name("facts_gate.json"), result)
 
 
 def make(folder: Path, work: Path, minutes: float) -> None:
