@@ -90,7 +90,7 @@ def _copied(base: Path, variant: str | None, modules: Collection[str]) -> dict[P
         if folder.name not in modules:
             for file in _files(folder):
                 del found[file.relative_to(base)]
-            found |= {Path(folder.name) / name: file for name, file in copied_names(folder, variant).items()}
+        found |= {Path(folder.name) / name: file for name, file in copied_names(folder, variant).items()}
     return found | {Path(name): file for name, file in loose.items()}
 
 

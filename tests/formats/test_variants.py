@@ -57,12 +57,17 @@ def test_a_unet_that_is_read_later_is_the_variants_too(folder):
     assert gap(denoise(Editor(folder).pipeline), denoise(stock)) > 1e-3
 
 
-def test_parts_that_are_variants_only_need_its_name(folder):
+def test_parts_that_are_variants_only_need_its_name(folder, tmp_path):
     add_variant(folder, UNET, "other")
     (folder / f"{UNET}.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match=r"'unet'.*Name a variant: other"):
         Editor(folder)
-    assert torch.isfinite(denoise(Editor(folder, variant="other").pipeline)).all()
+    for number, whole in enumerate((False, True)):
+        editor = Editor(folder, variant="other")
+        assert not whole or torch.isfinite(denoise(editor.pipeline)).all()
+        merged = editor.save_pipeline(tmp_path / str(number))
+        assert save_edited(editor, merged) == "kept"
+        assert torch.equal(denoise(Editor(merged).pipeline), denoise(editor.pipeline))
 
 
 def test_what_has_no_such_variant_says_which_there_are(folder, bases, checkpoints):
