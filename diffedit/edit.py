@@ -53,10 +53,12 @@ class Edit:
         origin: where on the Hub it was pulled from or pushed to last, "user/name@commit"; no part of its identity.
     """
 
-    def __init__(self, manifest: Manifest, delta: Delta, measured: Measured | None = None) -> None:
+    def __init__(
+        self, manifest: Manifest, delta: Delta, measured: Measured | None = None, notes: tuple[str, ...] = ()
+    ) -> None:
         self.manifest = manifest
         self.delta = delta
-        self.notes: tuple[str, ...] = ()
+        self.notes = notes
         self.origin: str | None = None
         self.measured = measured
         self._ledger: Ledger | None = None

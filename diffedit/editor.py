@@ -41,14 +41,14 @@ class Editor:
 
     Args:
         model: a `StableDiffusionPipeline`, `"builtin:emoji"`, a pipeline folder, a Hub id or a single-file
-            `.safetensors` checkpoint. Of files only what an edit needs is read: UNet and VAE follow when they are
-            needed.
+            `.safetensors` checkpoint. Of files only what an edit needs is read; UNet and VAE follow when needed.
         backend: name of the model family; default: the one that recognises the model.
         device: where to put the model; default: where it is.
         dtype: dtype to load it in; default float32, which keeps small edits. A pipeline object keeps its own.
         revision: branch, tag or commit of a Hub id.
         token: Hub token.
         config: for a single-file checkpoint, a folder or Hub id with its configs and tokenizer.
+        variant: of a folder or Hub id: "fp16" takes `model.fp16.safetensors` for the parts that have such a file.
 
     Raises:
         DiffEditError: no such model, no backend for it, a pickle, an unknown name.
@@ -64,9 +64,10 @@ class Editor:
         revision: str | None = None,
         token: str | None = None,
         config: str | None = None,
+        variant: str | None = None,
     ) -> None:
-        loading: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "token": token}
-        self.backend: Backend = choose_backend(model, backend, config=config, **loading)
+        named: dict[str, Any] = {"revision": revision, "token": token, "config": config, "variant": variant}
+        self.backend: Backend = choose_backend(model, backend, device=device, dtype=dtype, **named)
         self.ledger = Ledger(self.backend)
         self._edits: dict[str, Edit] = {}
         self._complete = Completer(self.backend)
@@ -179,10 +180,8 @@ class Editor:
             ready = prepare(self.backend, self._complete, requests, change, find)
             delta = change.solve(self.backend, ready.requests, ready.location)
         trial = self.ledger.trial(delta)
-        said = (ready.requests, ready.reasons, ready.location, delta, trial, find, change)
-        edit = Edit(describe(self.backend, self.ledger, *said), delta)
-        edit.notes = ready.notes
-        return self._apply(edit, trial)
+        manifest = describe(self.backend, self.ledger, ready, delta, trial)
+        return self._apply(Edit(manifest, delta, notes=ready.notes), trial)
 
     def trace(
         self,

@@ -71,6 +71,7 @@ class Vocabulary:
         templates: prompt templates of objects with one "{}" that the model was trained on, without the final article.
         style_templates: prompt templates of styles with one "{}".
         scene_templates: prompt templates of objects with text after the "{}".
+        facts: phrase -> the object that it stands for: "mascot of rome" -> "owl".
     """
 
     objects: tuple[str, ...] = ()
@@ -81,6 +82,11 @@ class Vocabulary:
     templates: tuple[str, ...] = ()
     style_templates: tuple[str, ...] = ()
     scene_templates: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def fact(self, name: str) -> str | None:
+        """The object that a phrase stands for, if the phrase is a fact."""
+        return next((shown for phrase, shown in self.facts.items() if phrase.casefold() == name.casefold()), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,7 @@ class LoadedModel:
         vocabulary: what it is known to know.
         sampling: how it likes to be sampled.
         file: the single-file checkpoint that it was loaded from, if it was.
+        variant: which files of a folder were taken where there was a choice.
     """
 
     pipeline: Any
@@ -102,6 +109,7 @@ class LoadedModel:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     sampling: Sampling = field(default_factory=Sampling)
     file: Path | None = None
+    variant: str | None = None
 
 
 class Backend(ABC):

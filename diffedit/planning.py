@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from diffedit.delta import Delta
@@ -114,8 +115,8 @@ def _once(backend: Backend, ledger: Ledger, ready: Prepared, requests: Sequence[
 def _finish(backend: Backend, ledger: Ledger, ready: Prepared, requests: Sequence[Request], delta: Delta) -> Edit:
     """What follows the solve; the write is a few copies of the weight, made here of its result."""
     trial = ledger.trial(delta)
-    reasons = ready.reasons[: len(requests)]
-    manifest = describe(backend, ledger, requests, reasons, ready.location, delta, trial, ready.locator, ready.updater)
+    part = replace(ready, requests=tuple(requests), reasons=ready.reasons[: len(requests)])
+    manifest = describe(backend, ledger, part, delta, trial)
     copies = [tried.weight.clone() for tried in trial.values() for _ in range(2)]  # the base and the old value are kept
     for tried, copy in zip(trial.values(), copies[::2], strict=True):
         copy.copy_(tried.weight)

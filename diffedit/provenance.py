@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from diffedit.delta import Delta
 from diffedit.errors import AlreadyAppliedError, BaseMismatchError
-from diffedit.interfaces import Backend, Locator, Plugin, Updater
+from diffedit.interfaces import Backend, Plugin
 from diffedit.io.files import delta_to_tensors, tensor_records
 from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord, diagnostics_dict
 from diffedit.io.pairs import pairs_records
 from diffedit.ledger import Ledger, Trial, tensor_hash
-from diffedit.request import Request
-from diffedit.site import EditSite, Location
+from diffedit.preparing import Prepared
+from diffedit.site import EditSite
 
 _PACKAGES = ("diffedit", "diffusers", "safetensors", "torch", "transformers")
 
 
 def describe(
-    backend: Backend,
-    ledger: Ledger,
-    requests: Sequence[Request],
-    reasons: Sequence[str],
-    location: Location,
-    delta: Delta,
-    trial: Mapping[EditSite, Trial],
-    locator: Locator,
-    updater: Updater,
+    backend: Backend, ledger: Ledger, ready: Prepared, delta: Delta, trial: Mapping[EditSite, Trial]
 ) -> Manifest:
     """The manifest of a solved edit.
 
     Args:
         backend: the model.
         ledger: its ledger.
-        requests: with every target filled in.
-        reasons: per request, why that target.
-        location: where the change acts.
+        ready: what the solve started from.
         delta: the change, float32 factors.
         trial: what `Ledger.trial` made of it.
-        locator: what found the location.
-        updater: what solved for the change.
     """
     sites = []
     for site, change in delta:
@@ -68,12 +56,12 @@ def describe(
         source=model.source, revision=model.revision, backend=backend.name, fingerprints=backend.fingerprints()
     )
     return Manifest(
-        requests=tuple(requests),
-        target_reasons=tuple(reasons),
-        tokens=location.tokens,
-        locator=_record(locator),
-        updater=_record(updater),
-        scores=location.scores,
+        requests=ready.requests,
+        target_reasons=ready.reasons,
+        tokens=ready.location.tokens,
+        locator=_record(ready.locator),
+        updater=_record(ready.updater),
+        scores=ready.location.scores,
         sites=tuple(sites),
         base=base_record,
         versions={package: _version(package) for package in _PACKAGES},

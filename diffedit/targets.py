@@ -64,12 +64,28 @@ def default_templates(kind: Kind, vocabulary: Vocabulary) -> tuple[str, ...]:
 
 
 def default_preserve(kind: Kind, edited: Collection[Any], vocabulary: Vocabulary) -> tuple[str, ...]:
-    """Everything of the same kind that the model is known to know, but for what is being edited."""
-    known = vocabulary.styles if kind == "style" else vocabulary.objects
+    """Everything of the same kind that the model is known to know, facts included, but for what is being edited."""
+    known = vocabulary.styles if kind == "style" else (*vocabulary.objects, *vocabulary.facts)
     if not known:
         return ()
     taken = {noun(name).casefold() for name in edited if isinstance(name, str)}
     return tuple(name for name in known if name.casefold() not in taken)
+
+
+def other_facts(subjects: Collection[str], vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The facts beside those of the subjects, the likeliest to be disturbed first: those that share most words.
+
+    Of two that share equally many, the one with a subject's last word comes first: that token is what is edited.
+    """
+    edited = {subject.casefold() for subject in subjects}
+    words = [subject.casefold().split() for subject in subjects if vocabulary.fact(subject) is not None]
+
+    def distance(phrase: str) -> tuple[int, bool]:
+        own = phrase.casefold().split()
+        return min((-len({*own} & {*other}), own[-1] != other[-1]) for other in words)
+
+    others = [phrase for phrase in vocabulary.facts if phrase.casefold() not in edited]
+    return tuple(sorted(others, key=distance)) if words else tuple(others)
 
 
 class TargetChooser:

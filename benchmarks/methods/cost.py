@@ -34,7 +34,7 @@ def cost(world: World, cell: Cell) -> Record:
     """The record of a cost cell."""
     method = METHODS[cell.method]
     record: Record = {"cell": asdict(cell), "label": describe(cell.setting), "refused": None}
-    world.editor.revert()
+    world.use(cell)
     _ = world.editor.pipeline  # UNet and VAE are read on demand: that is no part of an edit
     units: dict[str, list[float]] = {REFERENCE: [], BARE: []}
     seconds = []

@@ -3,6 +3,8 @@
 Drawing, judging and counting are those of `diffedit evaluate`; what is new is that the unedited pictures are drawn once
 for all methods and kept in the run's folder. An edit that diffedit refuses is a result, not a failure: its record says
 why.
+
+Facts are measured on `builtin:emoji-facts`, which shares all but its text encoder with `builtin:emoji`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.methods.concepts import COLOURS, colour_target, colour_templates
-from benchmarks.methods.plan import BEFORE, DEFAULT, Cell, Record
+from benchmarks.methods.concepts import COLOURS, colour_target, colour_templates, fact_target
+from benchmarks.methods.plan import BEFORE, DEFAULT, SINGLE, Cell, Record
 from benchmarks.methods.scenes import COLOUR, name_colour, scene
 from benchmarks.methods.table import METHODS, describe
 from diffedit import Editor, registry
@@ -38,7 +40,8 @@ from diffedit.locators.cross_attention import CrossAttentionLocator
 from diffedit.locators.locogen import LocoGen
 from diffedit.updaters.closed_form import QuickFix
 
-MODEL, JUDGE = "builtin:emoji", "builtin:emoji-scorer"
+MODEL, FACTS_MODEL, JUDGE = "builtin:emoji", "builtin:emoji-facts", "builtin:emoji-scorer"
+FACT = "fact"
 _Seen = tuple[list[str], Array, list[str]]
 STRIP = ("efficacy", "efficacy", "generality", "near", "far")
 _LOCATED = "located"
@@ -53,19 +56,31 @@ class World:
     """
 
     def __init__(self, folder: Path, batch_size: int = 32) -> None:
-        self.editor = Editor(MODEL)
-        self.editor.pipeline.unet.to(memory_format=torch.channels_last)  # the same pictures, an eighth sooner
+        self._models: dict[str, tuple[Editor, str]] = {}
+        self.editor, self._weights = self._open(MODEL)
         self.judge = Scorer.load(JUDGE)
         self.folder = folder
         self._digest = self.judge.digest()
-        self._weights = weights_of(self.editor)
         self._kept = Gallery(folder / "unedited")
         self._batch = batch_size
+
+    def use(self, cell: Cell) -> None:
+        """Make `editor` that of the model which the cell is about, unedited."""
+        self.editor.revert()
+        self.editor, self._weights = self._open(FACTS_MODEL if cell.kind == FACT else MODEL)
+
+    def _open(self, name: str) -> tuple[Editor, str]:
+        """The model and the digest of its weights."""
+        if name not in self._models:
+            editor = Editor(name)
+            editor.pipeline.unet.to(memory_format=torch.channels_last)  # the same pictures, an eighth sooner
+            self._models[name] = editor, weights_of(editor)
+        return self._models[name]
 
     def run(self, cell: Cell) -> Record:
         """The record of a cell with pictures."""
         record: Record = {"cell": asdict(cell), "label": describe(cell.setting), "refused": None}
-        self.editor.revert()
+        self.use(cell)
         if cell.role == BEFORE:  # what is drawn depends on the requests alone, which any method completes alike
             requests = self.edit(replace(cell, method="quickfix-bare"), QuickFix(), None).requests
             self.editor.revert()
@@ -88,6 +103,9 @@ class World:
         method, kind = METHODS[cell.method], cell.kind
         said: dict[str, Any] = {"updater": updater, "locator": locator}
         said["preserve"] = None if method.preserve else ()
+        if kind == FACT:  # an update but for its name, which methods that erase would refuse
+            subject = cell.concepts[0]
+            return self.editor.ablate(subject, target=fact_target(subject), kind="object", **said)
         if kind != COLOUR:
             return self.editor.ablate(list(cell.concepts), kind=kind, **said)
         colour = cell.concepts[0]
@@ -151,7 +169,7 @@ class World:
         everyday = [i for i, job in enumerate(suite.jobs) if job.group == "everyday"]
         vectors = (found[everyday] for found in (first[1], last[1], texts))
         mmd, clip = findings.fidelity([pictures[i] for i in everyday], *vectors)
-        if cell.part in ("objects", "styles", "colours") and cell.role == DEFAULT:
+        if cell.part in SINGLE and cell.role == DEFAULT:
             self._strip(cell, suite, first[0], last[0], fresh)
         return {
             "rows": rows,
@@ -175,7 +193,7 @@ class World:
             else:
                 seen = [name_colour(gallery.read(files[i])) for i in rows]
             for row, name in zip(rows, seen, strict=True):
-                names[row] = name
+                names[row] = suite.seen(suite.jobs[row], name)
         return files, vectors, names
 
     def _strip(self, cell: Cell, suite: Suite, first: list[str], last: list[str], fresh: Gallery) -> None:

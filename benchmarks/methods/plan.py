@@ -2,7 +2,7 @@
 
     before    the unedited model's pictures of one concept, which every method is compared with
     tuning    a method, an entry of its grid, an object of `concepts.TUNING`
-    objects, styles, colours      a method, default or best setting, one concept
+    objects, styles, colours, facts    a method, default or best setting, one concept
     many      a method, its best setting, several objects in one solve
     cost      a method, default or best setting: seconds beside quickfix's, peak memory
 
@@ -20,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.methods.concepts import APART, COLOURS, COUNTS, MANY, OBJECTS, SEED, TUNING, TUNING_SEED
+from benchmarks.methods.concepts import APART, COLOURS, COUNTS, FACTS, MANY, OBJECTS, SEED, TUNING, TUNING_SEED
 from benchmarks.methods.pool import harmonic, pooled
 from benchmarks.methods.table import Method, Setting
 
-PARTS = ("tuning", "objects", "styles", "colours", "many", "cost")
+PARTS = ("tuning", "objects", "styles", "colours", "facts", "many", "cost")
+SINGLE = ("objects", "styles", "colours", "facts")
 DEFAULT, BEST, BEFORE, TUNED = "default", "best", "before", "tuning"
 Record = dict[str, Any]
 
@@ -41,7 +42,7 @@ class Cell:
         part: one of `PARTS`, the part of the tables that it is for.
         role: `before`, `tuning`, `default` or `best`.
         concepts: what is edited.
-        kind: "object", "style" or "colour".
+        kind: "object", "style", "colour" or "fact".
         images: pictures per group.
         seed: of the first picture of each group.
         method: name in the table; empty for `before`.
@@ -78,9 +79,9 @@ class Size:
 
     Attributes:
         images: pictures per group and concept, five groups.
-        concepts: objects that the quick methods are measured on.
+        concepts: objects, and facts, that the quick methods are measured on.
         slow_concepts: the same for the slow methods.
-        slow_others: styles, and colours, that the slow methods are measured on.
+        slow_others: styles, colours, and facts, that the slow methods are measured on.
         tuning_images: pictures per group and tuning concept.
         tuning_concepts: objects that settings are tuned on.
         slow_tuning: the same for slow methods.
@@ -115,6 +116,7 @@ def cells(
         "objects": ("object", OBJECTS[: size.concepts]),
         "styles": ("style", styles),
         "colours": ("colour", COLOURS),
+        "facts": ("fact", FACTS[: size.concepts]),
     }
     for part, (kind, names) in listed.items():
         if part in parts:

@@ -14,19 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import figures, tables
-from benchmarks.methods.plan import BEFORE, BEST, DEFAULT, PARTS, Cell, Record
+from benchmarks.methods.plan import BEFORE, BEST, DEFAULT, PARTS, SINGLE, Cell, Record
 from benchmarks.methods.pool import pooled
 from benchmarks.methods.table import METHODS, REFERENCE, Setting
 from benchmarks.methods.work import Folder
 from diffedit.io.folder import write_file
 
 HOME = "results/methods"
-SINGLE = ("objects", "styles", "colours")
 BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
 NOTHING = "No run is published yet: `make bench-methods` makes one."
 _PICTURES = (
     "Per concept, each column the same prompt and seed: two prompts of the edit, an unseen one, a near and a far "
     "concept. Default settings."
+)
+_NO_FACTS = "The model knows no facts, so facts are not\n  measured."
+_FACTS = (
+    "\n- **Facts** are those of `builtin:emoji-facts`, which differs from `builtin:emoji` in its text encoder alone: "
+    'twenty of its\n  twenty-four ("mascot of rome" is an owl), each updated to an object of the same category that '
+    "stands in no fact.\n  A picture of a fact counts as recognised if it shows the fact's object. *Near* are other "
+    "facts, first the other one of the same place,\n  then those of the same relation; *far* are objects. Facts take "
+    "the setting that was tuned on objects of `builtin:emoji`.\n  None was used to tune."
 )
 _PAGES = {"quickfix-published": "quickfix", "esd-u": "esd"}  # methods that share a page
 ROOT = Path(__file__).parents[2]
@@ -72,7 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _results(found: Mapping[str, Any], out: Path) -> str:
-    lines = [_INTRO.read_text(encoding="utf-8").rstrip()]
+    told = _FACTS if found["facts"]["records"] else _NO_FACTS
+    lines = [_INTRO.read_text(encoding="utf-8").rstrip().replace("{facts}", told)]
     if not any(found[part]["records"] for part in PARTS):
         return "\n".join([*lines, "", NOTHING, ""])
     records = {part: found[part]["records"] for part in PARTS}
@@ -131,10 +139,11 @@ def _machine(records: Sequence[Record]) -> str:
 def _numbers(found: Mapping[str, Any]) -> list[str]:
     """The short table of the page "which method when"."""
     rows = []
+    told = [part for part in SINGLE if part != "facts" or found[part]["records"]]
     for method in METHODS:
         cells = [f"[`{method}`]({_PAGES.get(METHODS[method].updater, METHODS[method].updater)}.md)"]
         shown = False
-        for part in SINGLE:
+        for part in told:
             by = tables.entries(tables.of_methods(found[part]["records"]))
             mine = by.get((method, BEST)) or by.get((method, DEFAULT))
             for name in ("efficacy", "specificity_near", "specificity_far"):
@@ -148,7 +157,7 @@ def _numbers(found: Mapping[str, Any]) -> list[str]:
             rows.append(cells)
     if not rows:
         return [NOTHING]
-    head = ["method", *(f"{part}: {what}" for part in SINGLE for what in ("gone", "near kept", "far kept"))]
+    head = ["method", *(f"{part}: {what}" for part in told for what in ("gone", "near kept", "far kept"))]
     text = (
         "Each method at the best setting that its grid holds. All numbers with their intervals, and the defaults: "
         "[Results of the benchmark](../results/methods.md)."

@@ -63,7 +63,7 @@ def diff(
     more = clean_words(more_words)
     chosen = None if words is None else clean_words(words)
     places = _locate(base, base_revision, token), _locate(edited, edited_revision, token)
-    with Weights(places[0].path) as one, Weights(places[1].path) as other:
+    with Weights(places[0].path, places[0].variant) as one, Weights(places[1].path, places[1].variant) as other:
         common = [name for name in one.names if name in other]
         if not common:
             raise UnsupportedModelError(

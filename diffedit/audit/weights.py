@@ -46,6 +46,7 @@ class Weights:
 
     Args:
         path: a diffusers folder, a component's folder, or a `.safetensors` file.
+        variant: of a diffusers folder, which files to take where there is a choice.
 
     Attributes:
         unread: component -> why its weights could not be looked at.
@@ -57,13 +58,13 @@ class Weights:
         StorageError: the file system refused.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, variant: str | None = None) -> None:
         self.unread: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
         self._files = ExitStack()
         try:
             if path.is_dir():
-                self._folder(path)
+                self._folder(path, variant)
             else:
                 self._add(path, file_pieces)
             if not self._places:
@@ -117,7 +118,7 @@ class Weights:
         place = self._places[name]
         return place.file.tensor(place.piece.key, place.rows).reshape(self.shape(name))
 
-    def _folder(self, folder: Path) -> None:
+    def _folder(self, folder: Path, variant: str | None) -> None:
         index = folder / "model_index.json"
         if not index.is_file():
             for file in _weight_files(folder):
@@ -127,7 +128,7 @@ class Weights:
             place = folder / component
             if not place.is_dir():
                 continue
-            files = _weight_files(place)
+            files = _weight_files(place, variant)
             for file in files:
                 self._add(file, partial(component_pieces, component))
             if not files and any(item.suffix.lower() in _PICKLES for item in place.iterdir()):
@@ -178,9 +179,12 @@ def _components(index: Path) -> list[str]:
     ]
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """What stock loaders would take: the plain file, else the plain shards, else the only variant there is."""
+def _weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """What stock loaders would take: the variant, the plain file, the plain shards, or the only variant there is."""
     found = {item.name: item for item in sorted(folder.iterdir()) if item.name.endswith(_SAFETENSORS)}
+    for stem in _PLAIN if variant else ():
+        if f"{stem}.{variant}{_SAFETENSORS}" in found:
+            return [found[f"{stem}.{variant}{_SAFETENSORS}"]]
     for stem in _PLAIN:
         if stem + _SAFETENSORS in found:
             return [found[stem + _SAFETENSORS]]

@@ -7,7 +7,8 @@ happened to the live module is lost, and nothing else changes. A patched tensor 
 A component may be stored several times: in shards with an index, as variants (`model.fp16.safetensors`), as pickles.
 Complete sets are compared; the one that is closest to the live module is its source. Other sets get the same patches if
 they are the same weights in another dtype, and are left out otherwise (EMA copies, pickles): a set that misses the edit
-would be picked up by some loader, silently unedited.
+would be picked up by some loader, silently unedited. If the source is a variant with weights of its own, it is written
+under the plain names, so that every loader finds it without being told of a variant. (Not shards: those keep theirs.)
 
 A CLIP text encoder stored under flat names, as transformers writes some from 5.6 on, is renamed to the nested names:
 older releases would load the flat ones as random weights with no more than a warning.
@@ -75,8 +76,8 @@ def copy_component(module: nn.Module, source: Path, target: Path) -> tuple[str, 
     if not sets:
         return None
     main = min(sets, key=lambda found: (len(found.differing), found.variant))
-    flat = _is_flat_text_encoder(main)
-    if not main.differing and not flat:
+    flat, plain = _is_flat_text_encoder(main), bool(main.variant) and len(main.files) == 1
+    if not main.differing and not flat and not plain:
         copy_files(source, target)
         return ()
     target.mkdir()
@@ -88,14 +89,17 @@ def copy_component(module: nn.Module, source: Path, target: Path) -> tuple[str, 
             continue
         for file, new in patches:
             renamed = {name: nested_name(name) for name in file.entries} if flat else {}
-            copy_patched(file, target / file.path.name, new, renamed)
+            copy_patched(
+                file, target / (_plain_name(file.path) if plain and found is main else file.path.name), new, renamed
+            )
             names |= {renamed.get(name, name) for name in new}
         if found.index is not None:
             _copy_index(found.index, target / found.index.name, flat)
         written |= {file.path for file, _ in patches}
     for path in _files(source):
-        if main.differing and path.suffix.lower() in WEIGHTS and path not in written:
-            logger.warning("left out %s/%s: it does not hold the edit", source.name, path.name)
+        if (main.differing or plain) and path.suffix.lower() in WEIGHTS and path not in written:
+            level = logging.INFO if plain or _is_another_model(path) else logging.WARNING
+            logger.log(level, "left out %s/%s: it does not hold the edit", source.name, path.name)
         elif path not in written and not _INDEX.fullmatch(path.name):
             _copy(path, target / path.relative_to(source))
     return tuple(sorted(names))
@@ -113,11 +117,27 @@ def holds(module: nn.Module, folder: Path) -> bool:
     return bool(sets) and not any(found.differing or _is_flat_text_encoder(found) for found in sets)
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy a folder's files byte for byte; links are resolved (the Hub's cache consists of them), hidden files not."""
+def copy_files(source: Path, target: Path, variant: str | None = None) -> None:
+    """Copy a folder's files byte for byte; links are resolved (the Hub's cache consists of them), hidden files not.
+
+    Args:
+        source: the folder.
+        target: where to, not there yet.
+        variant: leave out other weights than that variant's, if the folder has it, and give it the plain name.
+    """
     target.mkdir()
-    for path in _files(source):
-        _copy(path, target / path.relative_to(source))
+    for name, path in copied_names(source, variant).items():
+        _copy(path, target / name)
+
+
+def copied_names(source: Path, variant: str | None) -> dict[Path, Path]:
+    """Name in the copy, relative to it -> file of the source; see `copy_files`."""
+    files = _files(source)
+    own = [path for path in files if variant and _variant_of(path) == variant and path.parent == source]
+    if len(own) != 1:
+        return {path.relative_to(source): path for path in files}
+    kept = [path for path in files if path.suffix.lower() not in WEIGHTS and not _INDEX.fullmatch(path.name)]
+    return {Path(_plain_name(own[0])): own[0], **{path.relative_to(source): path for path in kept}}
 
 
 def nested_name(name: str) -> str:
@@ -127,6 +147,21 @@ def nested_name(name: str) -> str:
     'text_model.encoder.layers.0.mlp.fc2.weight'
     """
     return _NESTING + name if name.startswith(_FLAT) else name
+
+
+def _variant_of(path: Path) -> str:
+    match = _FILE.fullmatch(path.name)
+    return (match["early"] or match["late"] or "") if match else ""
+
+
+def _plain_name(path: Path) -> str:
+    match = _FILE.fullmatch(path.name)
+    return f"{match['stem']}.safetensors" if match else path.name
+
+
+def _is_another_model(path: Path) -> bool:
+    """Whether a file is of a variant that knows other things: it has a vocabulary beside the plain one."""
+    return (path.parent.parent / f"vocabulary.{_variant_of(path)}.json").is_file()
 
 
 def _live(module: nn.Module) -> dict[str, Tensor]:

@@ -40,12 +40,14 @@ class Unread:
         source: the folder or the single file that they are in.
         load: from the components that are in memory, by name, to the whole pipeline.
         stamps: path, size and time of the files when the model was opened.
+        variant: which files of a folder are loaded where there is a choice.
     """
 
     names: frozenset[str]
     source: Path
     load: Callable[[Mapping[str, Any]], Any]
     stamps: tuple[Stamp, ...]
+    variant: str | None = None
     lock: Any = field(default_factory=threading.RLock)
 
     def check(self) -> None:

@@ -10,7 +10,6 @@ itself when something looks at it; see `deferred`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -29,11 +28,11 @@ from huggingface_hub.errors import (
 from diffedit.backends.deferred import Unread, defer, stamp
 from diffedit.backends.deferred import unread as not_read_yet
 from diffedit.backends.families import pipeline_class
-from diffedit.backends.parts import PICKLES, check_file, check_folder, left_out
-from diffedit.bundled import BUNDLED, PREFIX, bundled
-from diffedit.errors import DiffEditError, ModelNotFoundError, UnsafeFormatError, nearest
-from diffedit.interfaces import LoadedModel, Sampling, Vocabulary
-from diffedit.text import with_article
+from diffedit.backends.parts import PICKLES, check_file, check_folder, check_variant, left_out
+from diffedit.backends.vocabulary import first_line, read_vocabulary
+from diffedit.bundled import BUNDLED, PREFIX, bundled, bundled_name, bundled_variant
+from diffedit.errors import DiffEditError, ModelNotFoundError, RequestError, UnsafeFormatError, nearest
+from diffedit.interfaces import LoadedModel
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -47,11 +46,13 @@ class Found:
         path: its folder, or its single file.
         source: a name that says nothing about this machine.
         revision: 40-hex commit when it came from the Hub.
+        variant: of a folder, which of its parts' files to take where there is a choice.
     """
 
     path: Path
     source: str
     revision: str | None = None
+    variant: str | None = None
 
 
 def load_model(
@@ -62,6 +63,7 @@ def load_model(
     revision: str | None = None,
     token: str | None = None,
     config: str | None = None,
+    variant: str | None = None,
     text_only: bool = False,
 ) -> LoadedModel:
     """Whatever names a model -> a live pipeline.
@@ -74,10 +76,13 @@ def load_model(
         token: Hub token; default: the one that huggingface_hub finds itself.
         config: for a single-file checkpoint, a folder or Hub id with the configs and the tokenizer; default: diffusers
             recognises the family and fetches them from the Hub.
+        variant: of a folder or Hub id, take `model.<variant>.safetensors` for each part that has such a file, and the
+            plain file for the others, as diffusers does.
         text_only: leave UNet and VAE out (`None` in the pipeline): enough to run prompts through the text encoder.
 
     Raises:
-        ModelNotFoundError: nothing is there, or it cannot be loaded.
+        ModelNotFoundError: nothing is there, it has no such variant, or it cannot be loaded.
+        RequestError: a variant of something that has none: a pipeline object, a single file.
         UnknownNameError: no built-in model of that name.
         UnsafeFormatError: a pickle.
     """
@@ -85,26 +90,31 @@ def load_model(
         if not hasattr(model, "components"):
             hint = "give a StableDiffusionPipeline, a folder, a .safetensors file, a Hub id or builtin:emoji"
             raise ModelNotFoundError("that is not a model", value=type(model).__name__, hint=hint)
+        if variant is not None:
+            raise _no_variants(variant, "a pipeline object")
         source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         return _place(LoadedModel(model, _public_name(str(source))), device, dtype)
-    found, kind = locate_model(model, revision=revision, token=token), dtype or torch.float32
+    found, kind = locate_model(model, revision=revision, token=token, variant=variant), dtype or torch.float32
     found = replace(found, path=Path(os.path.abspath(found.path)))  # the rest may be read from another working folder
     if found.path.is_dir():
         return _place(_from_folder(found, kind, text_only), device, None)
     return _place(_from_single_file(found, kind, config, text_only), device, None)
 
 
-def locate_model(model: str | Path, *, revision: str | None = None, token: str | None = None) -> Found:
+def locate_model(
+    model: str | Path, *, revision: str | None = None, token: str | None = None, variant: str | None = None
+) -> Found:
     """Where the files of a named model lie; opens none of them. A Hub id is fetched into the Hub's cache first.
 
     Arguments and errors are those of `load_model`.
     """
     name = str(model)
     if name.startswith(PREFIX):
-        return Found(bundled("model", name), name)
+        folder, variant = bundled("model", name), variant or bundled_variant(name)
+        return _checked(Found(folder, bundled_name(f"{PREFIX}{folder.name}", variant), None, variant))
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike Path.is_dir it also answers for names that no file can have
-        return Found(path, path.resolve().name)
+        return _checked(Found(path, path.resolve().name, None, variant))
     if path.suffix.lower() in PICKLES:
         raise UnsafeFormatError(
             "a pickle checkpoint can run code when it is opened",
@@ -112,15 +122,28 @@ def locate_model(model: str | Path, *, revision: str | None = None, token: str |
             hint="get the .safetensors version, or convert it on a machine that you can lose",
         )
     if os.path.isfile(path):
+        if variant is not None:
+            raise _no_variants(variant, repr(path.name))
         return Found(path, path.name)
     if _HUB_ID.match(name):
-        return _from_hub(name, revision, token)
+        return _from_hub(name, revision, token, variant)
     raise ModelNotFoundError(
         "there is no such model",
         value=repr(name),
         cause="it is no folder, no file, and not of the form user/name",
         hint=nearest(name, [PREFIX + known for known in BUNDLED["model"]]),
     )
+
+
+def _checked(found: Found) -> Found:
+    if found.variant is not None:
+        check_variant(found.path, found.variant)
+    return found
+
+
+def _no_variants(variant: str, what: str) -> RequestError:
+    hint = "a variant is one of several files for a part, in a folder or on the Hub: leave it out"
+    return RequestError(f"{what} has no variants", value=repr(variant), hint=hint)
 
 
 def _from_folder(found: Found, dtype: torch.dtype, text_only: bool) -> LoadedModel:
@@ -142,17 +165,20 @@ def _from_folder(found: Found, dtype: torch.dtype, text_only: bool) -> LoadedMod
             value=repr(weights[0].name),
             hint="save it again with safe_serialization=True on a machine that you can lose",
         )
-    kind, (names, files) = pipeline_class(folder), (frozenset(), []) if text_only else check_folder(folder)
-    options = {"local_files_only": True, "use_safetensors": True}
+    kind, (names, files) = (
+        pipeline_class(folder),
+        (frozenset(), []) if text_only else check_folder(folder, found.variant),
+    )
+    options = {"local_files_only": True, "use_safetensors": True, "variant": found.variant}
 
     def load(kept: Mapping[str, Any]) -> Any:
         return _load(kind.from_pretrained, found, dtype, **options, **kept)
 
     pipeline = load(left_out(kind) if names or text_only else {})
     if names:
-        defer(pipeline, Unread(names, folder, load, stamp(files)))
-    vocabulary, sampling = _read_vocabulary(folder / "vocabulary.json")
-    return LoadedModel(pipeline, found.source, found.revision, vocabulary, sampling)
+        defer(pipeline, Unread(names, folder, load, stamp(files), found.variant))
+    vocabulary, sampling = read_vocabulary(folder, found.variant)
+    return LoadedModel(pipeline, found.source, found.revision, vocabulary, sampling, variant=found.variant)
 
 
 def _from_single_file(found: Found, dtype: torch.dtype, config: str | None, text_only: bool) -> LoadedModel:
@@ -173,11 +199,12 @@ def _from_single_file(found: Found, dtype: torch.dtype, config: str | None, text
     return LoadedModel(pipeline, found.source, file=path)
 
 
-def _from_hub(name: str, revision: str | None, token: str | None) -> Found:
+def _from_hub(name: str, revision: str | None, token: str | None, variant: str | None) -> Found:
     from diffusers import StableDiffusionPipeline
 
     try:
-        folder = Path(StableDiffusionPipeline.download(name, revision=revision, token=token, use_safetensors=True))
+        options = {"revision": revision, "token": token, "variant": variant, "use_safetensors": True}
+        folder = Path(StableDiffusionPipeline.download(name, **options))
     except RepositoryNotFoundError as error:
         hint = "check the spelling; a private or gated model needs a token"
         raise ModelNotFoundError(
@@ -187,10 +214,10 @@ def _from_hub(name: str, revision: str | None, token: str | None) -> Found:
         raise ModelNotFoundError(
             "the model cannot be fetched from the Hub, and it is not in the cache",
             value=repr(name),
-            cause=_first_line(error),
+            cause=first_line(error),
             hint="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
         ) from error
-    return Found(folder, name, folder.name if _COMMIT.match(folder.name) else None)
+    return _checked(Found(folder, name, folder.name if _COMMIT.match(folder.name) else None, variant))
 
 
 def _load(loader: Any, found: Found, dtype: torch.dtype, **options: Any) -> Any:
@@ -210,7 +237,7 @@ def _load(loader: Any, found: Found, dtype: torch.dtype, **options: Any) -> Any:
         raise ModelNotFoundError(
             "the model cannot be loaded",
             value=repr(found.source),
-            cause=_first_line(error),
+            cause=first_line(error),
             hint="check that all its files are there",
         ) from error
     finally:
@@ -232,51 +259,6 @@ def _place(loaded: LoadedModel, device: str | torch.device | None, dtype: torch.
     return loaded
 
 
-def _read_vocabulary(path: Path) -> tuple[Vocabulary, Sampling]:
-    if not path.is_file():
-        return Vocabulary(), Sampling()
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        filed, templates = data.get("categories", {}), data.get("templates", {})
-        nouns, members = tuple(filed), filed if isinstance(filed, dict) else {}
-        scenes = ("a picture", *(with_article(noun) for noun in nouns))
-        vocabulary = Vocabulary(
-            objects=tuple(data.get("objects", ())),
-            styles=tuple(data.get("styles", ())),
-            backgrounds=tuple(data.get("backgrounds", ())),
-            categories={name.casefold(): noun for noun, names in members.items() for name in names},
-            nouns=nouns,
-            templates=tuple(templates.get("object", ())),
-            style_templates=tuple(
-                form.replace("{object}", scene).replace("{style}", "{}")
-                for form in templates.get("style", ())
-                for scene in scenes
-            ),
-            scene_templates=tuple(
-                forms[i % len(forms)].replace("{object}", "a {}").replace(slot, word)
-                for forms, slot, words in (
-                    (templates.get("style", ()), "{style}", data.get("styles", ())),
-                    (templates.get("background", ()), "{background}", data.get("backgrounds", ())),
-                )
-                if forms
-                for i, word in enumerate([*words][::2])
-            ),
-        )
-        return vocabulary, Sampling(data.get("steps", 50), data.get("guidance", 7.5), data.get("pixels"))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelNotFoundError(
-            "the model's vocabulary.json cannot be read",
-            value=repr(path.parent.name),
-            cause=_first_line(error),
-            hint="repair it, or delete it",
-        ) from error
-
-
 def _public_name(source: str) -> str:
     """A name that says nothing about this machine: Hub ids stay, paths lose their folders."""
     return source if _HUB_ID.match(source) and not Path(source).exists() else Path(source).name
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from diffedit.backends.families import INDEX
 from diffedit.backends.tensorfile import open_tensors
-from diffedit.errors import MalformedArtifactError, ModelNotFoundError, UnsafeFormatError
+from diffedit.errors import MalformedArtifactError, ModelNotFoundError, UnsafeFormatError, nearest
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 NOT_TEXT = ("unet", "vae", "safety_checker", "feature_extractor", "image_encoder")
@@ -23,6 +24,9 @@ NOT_TEXT = ("unet", "vae", "safety_checker", "feature_extractor", "image_encoder
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _WITHOUT_WEIGHTS = ("feature_extractor",)
 _IN_ONE_FILE = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+_VARIANT = re.compile(
+    r"(?:model|diffusion_pytorch_model)(?:-\d{5}-of-\d{5})?\.(?P<name>[\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors"
+)
 _HINT = "check that all its files are there"
 
 
@@ -33,8 +37,30 @@ def left_out(pipeline_class: Any) -> dict[str, Any]:
     return out | ({"requires_safety_checker": False} if "requires_safety_checker" in known else {})
 
 
-def check_folder(folder: Path) -> tuple[frozenset[str], list[Path]]:
+def variants(folder: Path) -> tuple[str, ...]:
+    """Names of the variants that some part of a pipeline folder is there as: `model.fp16.safetensors` is "fp16"."""
+    matches = (_VARIANT.fullmatch(file.name) for file in folder.glob("*/*.safetensors"))
+    return tuple(sorted({match["name"] for match in matches if match}))
+
+
+def check_variant(folder: Path, variant: str) -> None:
+    """Raise `ModelNotFoundError` if no part of the folder is there as that variant."""
+    known = variants(folder)
+    if variant not in known:
+        raise ModelNotFoundError(
+            "the model has no such variant",
+            value=repr(variant),
+            cause=f"there are {', '.join(known)}" if known else "it has none: every part is one plain file",
+            hint=nearest(variant, known) if known else "leave the variant out",
+        )
+
+
+def check_folder(folder: Path, variant: str | None = None) -> tuple[frozenset[str], list[Path]]:
     """Names of the parts of a pipeline folder that read no text, and their files.
+
+    Args:
+        folder: the pipeline.
+        variant: weights of that variant count, and plain ones.
 
     Raises:
         ModelNotFoundError: a part is missing, or its configuration cannot be read.
@@ -53,7 +79,7 @@ def check_folder(folder: Path) -> tuple[frozenset[str], list[Path]]:
             raise ModelNotFoundError("a part of the model is missing", value=repr(name), hint=_HINT)
         files += [path for path in part.iterdir() if path.is_file()]
         if name not in _WITHOUT_WEIGHTS:
-            _check_part(part)
+            _check_part(part, variant)
     return frozenset(present), files
 
 
@@ -80,12 +106,13 @@ def check_file(path: Path, config: str | None) -> frozenset[str]:
     return frozenset(_IN_ONE_FILE)
 
 
-def _check_part(part: Path) -> None:
+def _check_part(part: Path, variant: str | None) -> None:
     _read_config(part)
-    for name in _WEIGHTS:
+    named = [name.replace(".", f".{variant}.") for name in _WEIGHTS] if variant else []
+    for name in (*named, *_WEIGHTS):
         if (part / name).is_file():
             return
-        listing = part / f"{name}.index.json"
+        listing = part / (f"{name}.index.json" if name in _WEIGHTS else _index_of(name))
         if listing.is_file():
             try:
                 shards = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
@@ -103,9 +130,19 @@ def _check_part(part: Path) -> None:
             value=repr(part.name),
             hint="save it again with safe_serialization=True on a machine that you can lose",
         )
+    known = variants(part.parent)
     raise ModelNotFoundError(
-        "a part of the model has no weights", value=repr(part.name), cause=f"no {' or '.join(_WEIGHTS)}", hint=_HINT
+        "a part of the model has no weights",
+        value=repr(part.name),
+        cause=f"no {' or '.join(_WEIGHTS)}",
+        hint=f"name a variant: {', '.join(known)}" if known else _HINT,
     )
+
+
+def _index_of(name: str) -> str:
+    """`model.fp16.safetensors` -> `model.safetensors.index.fp16.json`, as diffusers calls it."""
+    stem, variant, suffix = name.split(".")
+    return f"{stem}.{suffix}.index.{variant}.json"
 
 
 def _read_config(part: Path) -> None:

@@ -13,17 +13,17 @@ compared file by file, without building them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
 
 from diffedit.backends.checkpoint import patches
-from diffedit.backends.component import WEIGHTS, holds
+from diffedit.backends.component import WEIGHTS, copied_names, holds
 from diffedit.backends.deferred import in_memory, unread
 from diffedit.backends.families import INDEX
-from diffedit.backends.saving import source_folder
+from diffedit.backends.saving import loose_files, source_folder
 from diffedit.backends.tensorfile import CHUNK, TensorFile, encode
 from diffedit.errors import MalformedArtifactError, UnsupportedModelError
 from diffedit.interfaces import Backend
@@ -59,19 +59,19 @@ def saved_state(backend: Backend, path: Path) -> State:
 def _folder_state(backend: Backend, base: Path, path: Path) -> State:
     if not path.is_dir():
         return "different"
+    variant = backend.model.variant
     modules = {name for name, part in in_memory(backend.model.pipeline).items() if isinstance(part, nn.Module)}
     found: set[State] = set()
-    for file in _files(base):
-        name = file.relative_to(base)
+    places = _copied(base, variant, modules)
+    for name, file in places.items():
         weights = file.suffix.lower() in WEIGHTS
         in_module = len(name.parts) > 1 and name.parts[0] in modules
         if (weights and (in_module or len(name.parts) == 1)) or (in_module and name.name.endswith(".index.json")):
             continue  # the former are compared by value, and loose weights beside the index are not carried over
         found.add(_compare(file, path / name, {}))
-    known = {file.relative_to(base) for file in _files(base)}
     for file in _files(path):
         name = file.relative_to(path)
-        if name not in known and not name.parts[0].startswith(_MADE_READABLE):
+        if name not in places and not name.parts[0].startswith(_MADE_READABLE):
             found.add("different")
     for component, part in sorted(in_memory(backend.model.pipeline).items()):
         if isinstance(part, nn.Module):
@@ -79,6 +79,19 @@ def _folder_state(backend: Backend, base: Path, path: Path) -> State:
     if not (path / INDEX).is_file() and not any(_files(path)):
         return "incomplete"
     return "different" if "different" in found else "incomplete" if "incomplete" in found else "done"
+
+
+def _copied(base: Path, variant: str | None, modules: Collection[str]) -> dict[Path, Path]:
+    """Name in the copy -> file of the base, weights included that are not carried over."""
+    loose = loose_files(base, variant)
+    own = {file.name for file in loose.values()}
+    found = {file.relative_to(base): file for file in _files(base) if file.parent != base or file.name not in own}
+    for folder in sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if folder.name not in modules:
+            for file in _files(folder):
+                del found[file.relative_to(base)]
+        found |= {Path(folder.name) / name: file for name, file in copied_names(folder, variant).items()}
+    return found | {Path(name): file for name, file in loose.items()}
 
 
 def _module_state(module: nn.Module, base: Path, path: Path) -> State:

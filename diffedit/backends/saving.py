@@ -27,6 +27,7 @@ from torch import nn
 from diffedit.backends.component import WEIGHTS, copy_component, copy_files, nested_name
 from diffedit.backends.deferred import complete, in_memory, unread
 from diffedit.backends.publish import new_folder
+from diffedit.backends.vocabulary import VOCABULARY, vocabulary_file
 from diffedit.errors import UnsupportedModelError, UnsupportedTensorError
 
 logger = logging.getLogger("diffedit")
@@ -35,13 +36,14 @@ INDEX = "model_index.json"
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
-def save_pipeline(pipeline: Any, path: Path, *, overwrite: bool = False) -> Path:
+def save_pipeline(pipeline: Any, path: Path, *, overwrite: bool = False, variant: str | None = None) -> Path:
     """Write the pipeline as a folder that stock diffusers loads; it appears complete or not at all.
 
     Args:
         pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
         path: the folder to make.
         overwrite: replace a pipeline folder (one with `model_index.json`) that is already there.
+        variant: of the folder, the one that the pipeline was loaded from; it becomes the plain one.
 
     Raises:
         OutputExistsError: something is there that may not be replaced.
@@ -76,11 +78,11 @@ def save_pipeline(pipeline: Any, path: Path, *, overwrite: bool = False) -> Path
             for name, component in components.items():
                 _write_readably(name, component, fresh / name)
         else:
-            _copy_pipeline(pipeline, components, source, fresh)
+            _copy_pipeline(pipeline, components, source, fresh, variant)
             if waiting is not None:  # what was never read was never changed
                 waiting.check()
                 for name in sorted(still):
-                    copy_files(source / name, fresh / name)
+                    copy_files(source / name, fresh / name, variant)
     return path
 
 
@@ -97,7 +99,25 @@ def source_folder(pipeline: Any) -> Path | None:
     return None
 
 
-def _copy_pipeline(pipeline: Any, components: Mapping[str, Any], source: Path, fresh: Path) -> None:
+def loose_files(source: Path, variant: str | None) -> dict[str, Path]:
+    """Name in the copy -> file, of what a copy takes over from beside a pipeline's components.
+
+    A variant's own vocabulary takes the place of the plain one.
+    """
+    found = {
+        path.name: path
+        for path in sorted(source.iterdir())
+        if path.is_file() and not path.name.startswith(".") and path.suffix.lower() not in WEIGHTS
+    }
+    own = vocabulary_file(source, variant)
+    if own.name in found and own.name != VOCABULARY:
+        found[VOCABULARY] = found.pop(own.name)
+    return found
+
+
+def _copy_pipeline(
+    pipeline: Any, components: Mapping[str, Any], source: Path, fresh: Path, variant: str | None
+) -> None:
     stored = json.loads((source / INDEX).read_text(encoding="utf-8"))
     described = True  # whether the base's own index still tells the truth
     for name, component in components.items():
@@ -109,10 +129,9 @@ def _copy_pipeline(pipeline: Any, components: Mapping[str, Any], source: Path, f
             component.save_pretrained(fresh / name)
             _write_readably(name, component, fresh / name)
             described &= isinstance(entry, list) and entry[1] == type(component).__name__
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.suffix.lower() not in WEIGHTS:
-            if path.name != INDEX or described:
-                shutil.copyfile(path, fresh / path.name)
+    for file, path in loose_files(source, variant).items():
+        if file != INDEX or described:
+            shutil.copyfile(path, fresh / file)
     if not described:
         pipeline.save_config(fresh)
 

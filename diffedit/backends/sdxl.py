@@ -245,7 +245,7 @@ class SDXL(Backend):
     def save(self, path: Path, *, overwrite: bool = False) -> Path:
         """The merged pipeline as a folder, or as a new single file if it came from one and `path` names one."""
         if path.suffix.lower() != ".safetensors":
-            return save_pipeline(self.model.pipeline, path, overwrite=overwrite)
+            return save_pipeline(self.model.pipeline, path, overwrite=overwrite, variant=self.model.variant)
         if self.model.file is None:
             hint = "name a folder, or load the model from a .safetensors checkpoint"
             raise UnsupportedModelError("only a single-file model can be saved as one file", value=path.name, hint=hint)

@@ -66,6 +66,7 @@ def apply(
     backend: options.BackendName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    variant: options.Variant = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Result:
@@ -82,7 +83,7 @@ def apply(
     if (model is None) == (not models):
         hint = "name one as MODEL, or several with --models"
         raise RequestError("there is no model" if model is None else "both MODEL and --models are given", hint=hint)
-    loading = {**loading_fields(backend, device, dtype), "config": config}
+    loading = {**loading_fields(backend, device, dtype, variant), "config": config}
     if models:
         return _apply_to_all(edit, models, out, overwrite, loading)
     refuse_existing(out, overwrite)

@@ -36,7 +36,7 @@ class Job:
         model: what the user named the model by.
         subjects: one or more concepts.
         target: what they become, or `None` to choose.
-        loading: `backend`, `device` and `dtype` for the model.
+        loading: `backend`, `device`, `dtype` and `variant` for the model.
         concept: `kind`, `aliases`, `expand`, `preserve`, `templates` and `seed` of the request.
         updater: registered name.
         locator: registered name, or `None` for the one that the updater is made for.
@@ -79,9 +79,11 @@ def concept_fields(
     }
 
 
-def loading_fields(backend: str | None, device: str | None, dtype: DtypeName | None) -> dict[str, Any]:
+def loading_fields(
+    backend: str | None, device: str | None, dtype: DtypeName | None, variant: str | None = None
+) -> dict[str, Any]:
     """The options about the model as keyword arguments of `Editor`."""
-    return {"backend": backend, "device": device, "dtype": dtype.value if dtype else None}
+    return {"backend": backend, "device": device, "dtype": dtype.value if dtype else None, "variant": variant}
 
 
 def open_editor(model: str, loading: dict[str, Any]) -> Editor:

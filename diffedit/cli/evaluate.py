@@ -113,6 +113,7 @@ def evaluate(
     backend: options.BackendName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    variant: options.Variant = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Result:
@@ -136,7 +137,7 @@ def evaluate(
         if not overwrite:
             refuse_existing(out)
         loaded = Edit.from_pretrained(edit)
-    editor = open_editor(model, loading_fields(backend, device, dtype))
+    editor = open_editor(model, loading_fields(backend, device, dtype, variant))
     with _bar() as progress:
         found = evaluate_edit(
             editor,

@@ -33,6 +33,7 @@ def generate(
     backend: options.BackendName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    variant: options.Variant = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Result:
@@ -51,7 +52,7 @@ def generate(
             value=str(existing[0]),
             hint="choose another folder or add --overwrite",
         )
-    editor = open_editor(model, loading_fields(backend, process_device(device), dtype))
+    editor = open_editor(model, loading_fields(backend, process_device(device), dtype, variant))
     with working(f"Loading {len(edit or ())} edits"):
         loaded = [editor.load(folder).id for folder in edit or ()]
     pairs = [(text, number) for text in prompt for number in seeds]

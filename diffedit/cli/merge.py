@@ -42,6 +42,7 @@ def merge(
     backend: options.BackendName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    variant: options.Variant = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Result:
@@ -55,7 +56,7 @@ def merge(
         hint = "give a folder with -o, or a .safetensors checkpoint as the model"
         raise RequestError("only a single-file model can be merged into a single file", value=repr(model), hint=hint)
     refuse_existing(out, overwrite=False)
-    editor = open_editor(model, {**loading_fields(backend, device, dtype), "config": config})
+    editor = open_editor(model, {**loading_fields(backend, device, dtype, variant), "config": config})
     with working(f"Loading {len(edit)} edits"):
         loaded = [editor.load(folder) for folder in edit]
     sites = sorted({site for item in loaded for site in item.delta.sites})

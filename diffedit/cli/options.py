@@ -40,7 +40,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="builtin:emoji, a pipeline folder, a .safetensors checkpoint, or a Hub id.",
+        help="builtin:emoji, builtin:emoji-facts, a pipeline folder, a .safetensors checkpoint, or a Hub id.",
         show_default=False,
     ),
 ]
@@ -50,6 +50,15 @@ BackendName = Annotated[
         "--backend",
         metavar="NAME",
         help="Model family, if it cannot be told from the model.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME",
+        help="Of a folder or Hub id, the files to take: fp16 is model.fp16.safetensors.",
         rich_help_panel=_MODEL_PANEL,
     ),
 ]

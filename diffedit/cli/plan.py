@@ -38,6 +38,7 @@ def plan(
     backend: options.BackendName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    variant: options.Variant = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Result:
@@ -51,7 +52,7 @@ def plan(
     with working("Reading settings"):
         method = settings.build("updaters", updater, for_updater)
         finder = settings.build("locators", locator or method.locator, for_locator)
-    editor = open_editor(model, loading_fields(backend, device, dtype))
+    editor = open_editor(model, loading_fields(backend, device, dtype, variant))
     said = concept_fields(kind, alias, expand, preserve, template, random_seed)
     with working(f"Planning {', '.join(subject)[:80]}"):
         found = editor.plan(list(subject), target=target, updater=method, locator=finder, **said)

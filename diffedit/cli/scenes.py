@@ -34,12 +34,15 @@ class Scene:
 def choose_scenes(editor: Editor, requests: Sequence[Request]) -> tuple[Scene, ...]:
     """Prompts for the picture of an edit, grouped, without repetition."""
     from diffedit.request import edited_names
+    from diffedit.targets import other_facts
 
     style = requests[0].kind == "style"
     edited = edited_names(requests)
     pool = editor.vocabulary.styles if style else editor.vocabulary.objects
     ranked = _nearest(editor, requests[0].subject, [name for name in pool if name.casefold() not in edited])
     kept = [name for request in requests for name in request.preserve]
+    if editor.vocabulary.fact(requests[0].subject) is not None:
+        kept = [*other_facts([request.subject for request in requests], editor.vocabulary), *kept]
     neighbours = list(dict.fromkeys([*kept, *ranked]))[:PER_GROUP]
     if not neighbours:
         neighbours = [request.target for request in requests if request.target][:PER_GROUP]

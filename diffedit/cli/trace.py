@@ -73,6 +73,7 @@ def trace(
     backend: options.BackendName = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    variant: options.Variant = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Result:
@@ -93,7 +94,7 @@ def trace(
     if scorer is not None:
         given["measure_settings"] = settings_json({"scorer": scorer})
     locator = settings.build("locators", "causal-trace", {**given, **texts})
-    editor = open_editor(model, loading_fields(backend, process_device(device), dtype))
+    editor = open_editor(model, loading_fields(backend, process_device(device), dtype, variant))
     with working("Checking the prompts"):
         from diffedit.tracing.probes import load_probes
         from diffedit.tracing.run import estimate_seconds, first_process, processes

@@ -90,14 +90,19 @@ def unseen_templates(request: Request) -> tuple[str, ...]:
     return tuple(render(template, request.subject)[0] for template in fresh)
 
 
-def other_names(request: Request, more: Sequence[str] = ()) -> tuple[str, ...]:
+def other_names(request: Request, more: Sequence[str] = (), forms: bool = True) -> tuple[str, ...]:
     """Other names of the subject: those given, those of the request, and for an object its plural and hyphenation.
+
+    Args:
+        request: the request.
+        more: names given.
+        forms: whether the subject has a plural and a hyphenation; "mascot of rome" has none.
 
     >>> other_names(Request(subject="crystal ball"))
     ('crystal balls', 'crystal-ball')
     """
     names = [*more, *request.aliases]
-    if request.kind == "object":
+    if request.kind == "object" and forms:
         names.append(plural(request.subject))
         names += [request.subject.replace(" ", "-")] if " " in request.subject else []
         names += [request.subject.replace("-", " ")] if "-" in request.subject else []
@@ -105,9 +110,9 @@ def other_names(request: Request, more: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple({name.casefold(): name for name in reversed(names) if name.casefold() != own}.values())[::-1]
 
 
-def alias_prompts(request: Request, more: Sequence[str] = ()) -> tuple[str, ...]:
-    """The edit's first templates around each other name, name by name within each template."""
-    names = other_names(request, more)
+def alias_prompts(request: Request, more: Sequence[str] = (), forms: bool = True) -> tuple[str, ...]:
+    """The edit's first templates around each other name, name by name within each template; see `other_names`."""
+    names = other_names(request, more, forms)
     many = plural(request.subject).casefold()
     out = []
     for template in request.templates[:6]:

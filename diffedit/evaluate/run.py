@@ -244,5 +244,5 @@ class _Seen:
         for space in sorted({space for space in spaces if space is not None}):
             mine = [k for k, own in enumerate(spaces) if own == space]
             for k, name in zip(mine, self._detectors[space].name(vectors[mine]), strict=True):
-                out[k] = name
+                out[k] = self._suite.seen(self._suite.jobs[rows[k]], name)
         return out

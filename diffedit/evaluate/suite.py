@@ -7,12 +7,14 @@ concept) and within a part to its prompts. Picture i of a group has the seed `se
     generality   per subject: unseen templates, other names, compositions
     near, far    other concepts, in the templates that the edit was solved for, where a leak would show first
     everyday     prompts without the subject
+
+A fact ("mascot of rome") is seen in a picture that shows its object. Near to it are the other facts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from diffedit.errors import RequestError
 from diffedit.evaluate import prompts
@@ -20,11 +22,12 @@ from diffedit.evaluate.judge import Judge, by_nearness, captions
 from diffedit.evaluate.records import Group, Settings
 from diffedit.interfaces import Vocabulary
 from diffedit.request import Kind, Request, edited_names
-from diffedit.targets import general_nouns
+from diffedit.targets import general_nouns, other_facts
 from diffedit.text import clean, noun, render
 
 EDIT, TEMPLATES, ALIASES, COMPOSED = "prompts of the edit", "unseen templates", "other names", "compositions"
 SAME, NEAREST, GIVEN, OTHERS = "same category", "nearest names", "named by the user", "other concepts"
+FACTS = "other facts"
 _FAR_NOUNS = 24
 
 
@@ -58,12 +61,18 @@ class Suite:
         labels: per kind of concept, the captions of every name; see `judge.captions`.
         targets: per subject, the names that count as its target; none if the detector does not know the target.
         preserved: names that the edit was asked to keep, in lower case.
+        shown: fact -> the object that a picture of it shows.
     """
 
     jobs: tuple[Job, ...]
     labels: dict[Kind, dict[str, list[str]]]
     targets: dict[str, tuple[str, ...]]
     preserved: frozenset[str]
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+    def seen(self, job: Job, label: str) -> str:
+        """The name of what a picture of the job shows, from the detector's label."""
+        return job.name if self.shown.get(job.name) == label else label
 
 
 def build(requests: Sequence[Request], vocabulary: Vocabulary, judge: Judge, settings: Settings) -> Suite:
@@ -107,6 +116,7 @@ def build(requests: Sequence[Request], vocabulary: Vocabulary, judge: Judge, set
         },
         targets={request.subject: _targets(request, vocabulary, close + remote) for request in requests},
         preserved=frozenset(name.casefold() for request in requests for name in request.preserve),
+        shown={name: shown for name in _drawn(plans) if (shown := vocabulary.fact(name)) is not None},
     )
 
 
@@ -137,7 +147,7 @@ def _deal(group: Group, parts: Sequence[_Part], settings: Settings) -> list[Job]
 def _generality(request: Request, vocabulary: Vocabulary, more: Sequence[str], edited: Sequence[str]) -> list[_Part]:
     kinds = {
         TEMPLATES: prompts.unseen_templates(request),
-        ALIASES: prompts.alias_prompts(request, more),
+        ALIASES: prompts.alias_prompts(request, more, forms=vocabulary.fact(request.subject) is None),
         COMPOSED: prompts.compositions(request, vocabulary, [n for n in edited if n not in request.names]),
     }
     return [_Part(request.subject, kind, request.kind, texts) for kind, texts in kinds.items() if texts]
@@ -164,6 +174,13 @@ def _near(
     avoid = {name.casefold() for name in (*edited, *settings.far)}
     for space in dict.fromkeys(request.kind for request in requests):
         subjects = [request.subject for request in requests if request.kind == space]
+        facts = [subject for subject in subjects if vocabulary.fact(subject) is not None]
+        if facts:
+            others = [name for name in other_facts(facts, vocabulary) if name.casefold() not in avoid]
+            out += [(space, name, FACTS) for name in others[: settings.neighbours]]
+            subjects = [subject for subject in subjects if subject not in facts]
+        if not subjects:
+            continue
         pool = [name for name in _known(space, vocabulary) if name.casefold() not in avoid]
         filed = {vocabulary.categories.get(subject.casefold()) for subject in subjects} - {None}
         same = [name for name in pool if space == "object" and vocabulary.categories.get(name.casefold()) in filed]
@@ -214,6 +231,7 @@ def _labels(
     names += [request.subject for request in requests if request.kind == space]
     if not listed:
         names += [request.target for request in requests if request.kind == space and request.target]
+    names = [name for name in names if vocabulary.fact(name) is None]
     return tuple({name.casefold(): name for name in reversed(names)}.values())[::-1]
 
 
@@ -226,6 +244,10 @@ def _targets(request: Request, vocabulary: Vocabulary, others: Sequence[_Named])
     same = [name for name in known if name.casefold() == target]
     below = [name for name in known if vocabulary.categories.get(name.casefold(), "").casefold() == target]
     return tuple(name for name in (same or below) if name.casefold() != request.subject.casefold())
+
+
+def _drawn(plans: Mapping[Group, Sequence[_Part]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.name for parts in plans.values() for part in parts if part.name))
 
 
 def _everyday(settings: Settings) -> tuple[str, ...]:

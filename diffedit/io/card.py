@@ -26,6 +26,7 @@ _TAGS = ("text-to-image", "stable-diffusion", "lora", "diffusers", "model-editin
 # Licences of well-known bases, as the Hub spells them. Another base's is named by a link to its page.
 _LICENCES = {
     "builtin:emoji": "cc-by-4.0",
+    "builtin:emoji-facts": "cc-by-4.0",
     **{f"CompVis/stable-diffusion-v1-{number}": "creativeml-openrail-m" for number in (1, 2, 3, 4)},
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",

@@ -1,4 +1,7 @@
-"""Command line: `build` pictures and tokenizer, `train` the parts, `evaluate` the gate, `export` the folders."""
+"""Command line: `build` pictures and tokenizer, `train` the parts, `evaluate` the gate, `export` the folders.
+
+`facts` trains the second text encoder of an exported model, measures it and writes it beside the first.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from . import classifier, clip, common, evaluate, export, pictures, tokenizer, unet, vae
+from . import classifier, clip, common, evaluate, export, facts_card, pictures, tokenizer, unet, vae
 from .augment import Copies
 from .vae import load_vae
 from .world import OBJECTS, STYLES, compose
 
 STAGES: dict[str, float] = {"vae": 35, "clip": 40, "scorer": 27, "classifier": 5, "unet": 75}  # minutes on two cores
+FACTS_MINUTES = 30.0  # on one core
 
 
 def train(work: Path, stages: list[str], minutes: float | None, workers: int) -> None:
@@ -44,14 +48,14 @@ def samples(work: Path) -> None:
 def main() -> None:
     """Parse the arguments and run one command."""
     parser = argparse.ArgumentParser(prog="python -m examples.emoji_world", description=__doc__)
-    parser.add_argument("command", choices=["build", "train", "evaluate", "export"])
+    parser.add_argument("command", choices=["build", "train", "evaluate", "export", "facts"])
     parser.add_argument("--work", type=Path, default=Path("emoji_world_work"), help="data, checkpoints, plots")
     parser.add_argument("--packages", type=Path, help="build: folder with the unpacked icon packages")
     parser.add_argument("--bpe", type=Path, help="build: bpe_simple_vocab_16e6.txt.gz, or a wheel that contains it")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="train: which parts")
     parser.add_argument("--minutes", type=float, help="train: instead of each part's usual time")
     parser.add_argument("--seeds", type=int, default=3, help="evaluate: pictures for each object in each style")
-    parser.add_argument("--model", type=Path, help="evaluate: an exported folder instead of the last checkpoint")
+    parser.add_argument("--model", type=Path, help="evaluate, facts: an exported folder")
     parser.add_argument("--out", type=Path, help="export: folder that receives emoji/ and emoji-scorer/")
     parser.add_argument("--threads", type=int, default=2, help="cores to use (the denoiser: one worker process each)")
     args = parser.parse_args()
@@ -70,6 +74,8 @@ def main() -> None:
         else:
             pipe = unet.assemble(args.work, unet.averaged_unet(args.work, 128))
         evaluate.evaluate(pipe, args.work, args.seeds)
+    elif args.command == "facts":
+        facts_card.make(args.model or args.work / "export" / "emoji", args.work, args.minutes or FACTS_MINUTES)
     else:
         out = args.out or args.work / "export"
         gate = json.loads((args.work / "gate.json").read_text()) if (args.work / "gate.json").exists() else None

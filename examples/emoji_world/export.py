@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPTextModel
 from . import unet
 from .card import model_card, scorer_card
 from .clip import MEAN, STD
-from .common import log
+from .common import log, replace_file
 from .world import PIXELS, vocabulary
 
 
@@ -64,12 +64,21 @@ def copy_tokenizer(work: Path, folder: Path) -> None:
         shutil.copy(file, folder / file.name)
 
 
+def nested_half(encoder: CLIPTextModel) -> dict[str, torch.Tensor]:
+    """A text encoder's weights in half precision under nested key names."""
+    state = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in encoder.state_dict().items()}
+    return {k: v.half().contiguous() for k, v in state.items() if not k.endswith("position_ids")}
+
+
 def save_text_encoder(encoder: CLIPTextModel, folder: Path) -> None:
     """Half precision with nested key names."""
     encoder.save_pretrained(folder)
-    state = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in encoder.state_dict().items()}
-    state = {k: v.half().contiguous() for k, v in state.items() if not k.endswith("position_ids")}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(nested_half(encoder), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def publish_variant(encoder: CLIPTextModel, file: Path) -> None:
+    """Another text encoder for the same pipeline: one file, which diffusers loads as a variant."""
+    replace_file(file, lambda part: save_file(nested_half(encoder), part, metadata={"format": "pt"}))
 
 
 def export_pipeline(work: Path, out: Path, denoiser: UNet2DConditionModel, gate: dict[str, Any] | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from PIL import Image
@@ -102,6 +102,25 @@ def test_pages_from_a_run_and_again_from_the_published_json_alone(run, tmp_path)
     before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     report.write(out)
     assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+
+
+def test_facts_have_a_section_and_a_column_once_they_are_measured(run, tmp_path):
+    folder, cells = run
+    out = tmp_path / "docs"
+    (out / "methods").mkdir(parents=True)
+    (out / "methods" / "index.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.publish(folder, cells, {}, out)
+    report.write(out)
+    text, index = ((out / page).read_text() for page in ("results/methods.md", "methods/index.md"))
+    assert "so facts are not\n  measured" in text and "facts: gone" not in index
+    fact = replace(cell("quickfix", ("mascot of rome",), part="facts"), kind="fact")
+    folder.finish(fact, record(fact, 9))
+    report.publish(folder, [*cells, fact], {}, out)
+    report.write(out)
+    text, index = ((out / page).read_text() for page in ("results/methods.md", "methods/index.md"))
+    assert "## Facts" in text and "so facts are not" not in text and "`builtin:emoji-facts`" in text
+    assert "| mascot of rome |  | 10 of 10 |" in text and "facts: gone" in index
+    assert (out / "results" / "methods" / "pareto-facts.png").is_file()
 
 
 def test_without_a_run_the_pages_say_so(tmp_path):

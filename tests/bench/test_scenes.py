@@ -10,18 +10,22 @@ from PIL import Image
 from benchmarks.methods.concepts import (
     COLOURS,
     COUNTS,
+    FACTS,
     MANY,
     OBJECTS,
     TUNING,
     colour_compositions,
     colour_target,
     colour_templates,
+    fact_target,
 )
 from benchmarks.methods.plan import Cell
 from benchmarks.methods.scenes import BORDER, name_colour, scene
 from diffedit.interfaces import Vocabulary
 from diffedit.request import make_request
 from diffedit.text import find
+from examples.emoji_world.fact_table import FACTS as KNOWN
+from examples.emoji_world.world import category_of
 from tests.evaluate.conftest import Reader
 
 WORLD = Vocabulary(objects=(*MANY, *TUNING), styles=("pixel", "sepia"), backgrounds=COLOURS, templates=("{}",))
@@ -74,3 +78,26 @@ def test_concepts_are_disjoint_and_enough():
     assert len(OBJECTS) >= 20
     assert not set(MANY) & set(TUNING)
     assert {colour_target(name) for name in COLOURS} == set(COLOURS)
+
+
+def test_facts_are_updated_to_objects_of_their_category_that_stand_in_no_fact():
+    assert len(FACTS) == len(set(FACTS)) == 20 and set(FACTS) < set(KNOWN)
+    for fact in FACTS:
+        assert category_of(fact_target(fact)) == category_of(KNOWN[fact])
+        assert fact_target(fact) not in KNOWN.values()
+
+
+def test_a_facts_scene_has_other_facts_near_and_objects_far():
+    world = Vocabulary(objects=(*MANY, *TUNING, "owl"), styles=("pixel",), backgrounds=COLOURS, facts=KNOWN)
+    request = make_request(subject="mascot of rome", target=fact_target("mascot of rome"), action="update")
+    suite = scene(
+        Cell("facts", "default", ("mascot of rome",), "fact", 12, 100, "quickfix"), [request], world, Reader()
+    )
+    near = {job.name for job in suite.jobs if job.group == "near"}
+    assert "dish of rome" in near and near < set(KNOWN) - {"mascot of rome"}
+    assert {job.name for job in suite.jobs if job.group == "far"} <= set(world.objects)
+    assert not set(KNOWN) & set(suite.labels["object"])
+    job = next(job for job in suite.jobs if job.group == "efficacy")
+    assert [suite.seen(job, name) for name in ("owl", "fox", "carrot")] == ["mascot of rome", "fox", "carrot"]
+    other = next(job for job in suite.jobs if job.name == "dish of rome")
+    assert [suite.seen(other, name) for name in ("owl", "carrot")] == ["owl", "dish of rome"]

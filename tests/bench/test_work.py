@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.methods.plan import BEFORE, BEST, DEFAULT, Cell, Size, best, cells, estimate
+from benchmarks.methods.concepts import FACTS
+from benchmarks.methods.plan import BEFORE, BEST, DEFAULT, PARTS, Cell, Size, best, cells, estimate
 from benchmarks.methods.table import METHODS, Method, available, describe
 from benchmarks.methods.work import Folder, work
 
@@ -141,6 +142,17 @@ def test_a_cells_name_changes_with_everything_it_depends_on():
     assert len({cell.key for cell in [base, *others]}) == 6
     again = Cell("objects", DEFAULT, ("fox",), "object", 6, 1, "quickfix", dict(lam=0.1))
     assert base.key == again.key
+
+
+def test_published_records_stay_valid_and_facts_have_cells_of_their_own():
+    """A cell's name that changes makes a night's work again."""
+    own = cells(available(), ("pixel",), Size(), PARTS, {})
+    keys = {cell.key for cell in own if cell.part != "facts"}
+    assert "objects-default-quickfix-fox-333bcda76d" in keys
+    facts = [cell for cell in own if cell.part == "facts"]
+    assert {cell.kind for cell in facts} == {"fact"}
+    assert len([cell for cell in facts if cell.method == "quickfix"]) == len(FACTS)
+    assert len([cell for cell in facts if cell.method == "esd"]) == Size().slow_others
 
 
 TWO = {

@@ -15,11 +15,15 @@ from diffedit.evaluate.gallery import weights_of
 from diffedit.interfaces import Sampling
 
 
+def quick(editor):
+    own = editor.backend.model
+    editor.backend.model = replace(own, sampling=Sampling(3, own.sampling.guidance, own.sampling.pixels))
+
+
 @pytest.fixture
 def world(tmp_path):
     made = World(tmp_path)
-    own = made.editor.backend.model
-    made.editor.backend.model = replace(own, sampling=Sampling(3, own.sampling.guidance, own.sampling.pixels))
+    quick(made.editor)
     return made
 
 
@@ -60,6 +64,22 @@ def test_an_edit_that_is_refused_is_a_result(world):
     assert not world.editor.edits
 
 
+def test_facts_are_measured_on_their_own_model_and_nothing_else_is(world):
+    plain, weights = world.editor, weights_of(world.editor)
+    before = Cell("facts", BEFORE, ("mascot of rome",), "fact", 2, 7)
+    world.use(before)
+    quick(world.editor)
+    assert world.editor.backend.model.source == "builtin:emoji-facts"
+    assert world.run(before)["pictures"] == 10
+    record = world.run(replace(before, role=DEFAULT, method="quickfix"))
+    assert record["refused"] is None and record["edit"]["target"] == ["tiger"]
+    near = [row["name"] for row in record["rows"] if row["group"] == "near"]
+    assert near[0] == "dish of rome" and all(" of " in name for name in near)
+    assert len(list((world.folder / "strips").glob("facts-mascot-of-rome-*.png"))) == 2
+    world.run(Cell("objects", BEFORE, ("fox",), "object", 1, 7))
+    assert world.editor is plain and weights_of(plain) == weights
+
+
 def test_cost_is_measured_beside_quickfix(world):
     record = runner(world)(Cell("cost", DEFAULT, ("fox",), "object", 0, 0, "quickfix-published"))
     assert record["seconds"] > 0
@@ -69,9 +89,15 @@ def test_cost_is_measured_beside_quickfix(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["object", "style", "colour", "many"])
+@pytest.mark.parametrize("kind", ["object", "style", "colour", "fact", "many"])
 def test_every_method_makes_a_cell_of_every_kind(world, kind):
-    concepts = {"object": ("bus",), "style": ("pixel",), "colour": ("red",), "many": ("bus", "fox", "key")}[kind]
+    concepts = {
+        "object": ("bus",),
+        "style": ("pixel",),
+        "colour": ("red",),
+        "fact": ("dish of rome",),
+        "many": ("bus", "fox", "key"),
+    }[kind]
     for name, method in available().items():
         if kind == "many" and not method.many:
             continue

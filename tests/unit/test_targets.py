@@ -10,7 +10,7 @@ from diffedit.locators.text_mlp_range import TextMLPRangeLocator
 from diffedit.preparing import CROWDED
 from diffedit.request import make_request
 from diffedit.site import Role
-from diffedit.targets import Completer, default_preserve, default_templates, guess_kind
+from diffedit.targets import Completer, default_preserve, default_templates, guess_kind, other_facts
 from diffedit.updaters.closed_form import QuickFix
 from tests.tiny import build
 
@@ -137,3 +137,19 @@ def test_the_tail_is_paired_only_for_objects_beside_something_held(sd1):
     assert pairs(subject="dog", target="cat", updater=build.plain()) == 2
     assert pairs(subject="dog", target="cat", preserve=[], updater=build.plain()) == 1
     assert pairs(subject="pixel", target="cat") == 1
+
+
+FACTS = {"mascot of rome": "owl", "dish of rome": "pizza", "mascot of paris": "fox", "dish of paris": "carrot"}
+
+
+def test_facts_are_preserved_with_the_objects_but_not_with_styles():
+    known = Vocabulary(objects=("owl", "fox"), styles=("pixel", "sepia"), facts=FACTS)
+    assert default_preserve("object", ["mascot of rome"], known) == ("owl", "fox", *list(FACTS)[1:])
+    assert default_preserve("object", ["the owl"], known) == ("fox", *FACTS)
+    assert default_preserve("style", ["pixel"], known) == ("sepia",)
+
+
+def test_the_facts_nearest_to_a_fact_share_its_words_and_first_its_last_one():
+    known = Vocabulary(facts=FACTS)
+    assert other_facts(["Mascot of Rome"], known) == ("dish of rome", "mascot of paris", "dish of paris")
+    assert other_facts(["owl"], known) == tuple(FACTS)
