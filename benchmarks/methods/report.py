@@ -27,14 +27,6 @@ _PICTURES = (
     "Per concept, each column the same prompt and seed: two prompts of the edit, an unseen one, a near and a far "
     "concept. Default settings."
 )
-_NO_FACTS = "The model knows no facts, so facts are not\n  measured."
-_FACTS = (
-    "\n- **Facts** are those of `builtin:emoji-facts`, which differs from `builtin:emoji` in its text encoder alone: "
-    'twenty of its\n  twenty-four ("mascot of rome" is an owl), each updated to an object of the same category that '
-    "stands in no fact.\n  A picture of a fact counts as recognised if it shows the fact's object. *Near* are other "
-    "facts, first the other one of the same place,\n  then those of the same relation; *far* are objects. Facts take "
-    "the setting that was tuned on objects of `builtin:emoji`.\n  None was used to tune."
-)
 _PAGES = {"quickfix-published": "quickfix", "esd-u": "esd"}  # methods that share a page
 ROOT = Path(__file__).parents[2]
 _INTRO = Path(__file__).with_name("results.md")
@@ -79,8 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _results(found: Mapping[str, Any], out: Path) -> str:
-    told = _FACTS if found["facts"]["records"] else _NO_FACTS
-    lines = [_INTRO.read_text(encoding="utf-8").rstrip().replace("{facts}", told)]
+    lines = [_INTRO.read_text(encoding="utf-8").rstrip()]
     if not any(found[part]["records"] for part in PARTS):
         return "\n".join([*lines, "", NOTHING, ""])
     records = {part: found[part]["records"] for part in PARTS}
@@ -139,11 +130,10 @@ def _machine(records: Sequence[Record]) -> str:
 def _numbers(found: Mapping[str, Any]) -> list[str]:
     """The short table of the page "which method when"."""
     rows = []
-    told = [part for part in SINGLE if part != "facts" or found[part]["records"]]
     for method in METHODS:
         cells = [f"[`{method}`]({_PAGES.get(METHODS[method].updater, METHODS[method].updater)}.md)"]
         shown = False
-        for part in told:
+        for part in SINGLE:
             by = tables.entries(tables.of_methods(found[part]["records"]))
             mine = by.get((method, BEST)) or by.get((method, DEFAULT))
             for name in ("efficacy", "specificity_near", "specificity_far"):
@@ -157,7 +147,7 @@ def _numbers(found: Mapping[str, Any]) -> list[str]:
             rows.append(cells)
     if not rows:
         return [NOTHING]
-    head = ["method", *(f"{part}: {what}" for part in told for what in ("gone", "near kept", "far kept"))]
+    head = ["method", *(f"{part}: {what}" for part in SINGLE for what in ("gone", "near kept", "far kept"))]
     text = (
         "Each method at the best setting that its grid holds. All numbers with their intervals, and the defaults: "
         "[Results of the benchmark](../results/methods.md)."
