@@ -9,7 +9,8 @@ Each process writes its own pictures, batch by batch. Nobody starts before every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def draw(
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = BATCH,
+    shared: bool = True,
 ) -> int:
     """Draw this process's share; returns when every process is done.
 
@@ -38,16 +40,14 @@ def draw(
         steps: see `Editor.generate`.
         guidance: see `Editor.generate`.
         batch_size: pictures drawn together. It may change their last bits; the number of processes does not.
+        shared: whether every process sees what the others keep; if not, each draws everything.
 
     Returns:
         How many pictures this process drew.
     """
     batches = [range(i, min(i + batch_size, len(pairs))) for i in range(0, len(pairs), batch_size)]
-    state = None
-    if processes() > 1:
-        from accelerate import PartialState
-
-        state = PartialState(cpu=not torch.cuda.is_available())
+    state = _team() if shared else None
+    if state is not None:
         state.wait_for_everyone()
         batches = batches[state.process_index :: state.num_processes]
     for batch in batches:
@@ -58,3 +58,23 @@ def draw(
     if state is not None:
         state.wait_for_everyone()
     return sum(len(batch) for batch in batches)
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """The block in the first process, and then in the others: what it keeps in files they need not make again."""
+    state = _team()
+    if state is None:
+        yield
+    else:
+        with state.main_process_first():
+            yield
+
+
+def _team() -> Any:
+    """The state of the processes that accelerate started together; `None` for one alone."""
+    if processes() == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from diffedit.cli import options
 from diffedit.cli.describe import print_rows
-from diffedit.cli.editing import loading_fields, open_editor
+from diffedit.cli.editing import loading_fields, open_editor, process_device
 from diffedit.cli.shell import Result, working
 from diffedit.errors import RequestError
 
@@ -120,7 +120,8 @@ def evaluate(
     """Draw the same prompts and seeds without and with an edit, and judge what it does.
 
     Efficacy, generality, near and far specificity and fidelity, each with its number of pictures and a 95% interval.
-    An interrupted evaluation goes on when it is started again with the same options.
+    An interrupted evaluation goes on when it is started again with the same options. accelerate launch -m diffedit
+    evaluate ... spreads the drawing over processes; the pictures are the same for any number.
 
     Example: diffedit evaluate builtin:emoji --edit no-dog -o no-dog-report --require "efficacy>=0.9"
     """
@@ -132,12 +133,13 @@ def evaluate(
         from diffedit.evaluate.gate import Requirement, judge
         from diffedit.evaluate.report import REPORT, write_report
         from diffedit.evaluate.run import evaluate_edit, refuse_existing
+        from diffedit.tracing.run import first_process
 
         requirements = [Requirement.parse(text) for text in require or ()]
         if not overwrite:
             refuse_existing(out)
         loaded = Edit.from_pretrained(edit)
-    editor = open_editor(model, loading_fields(backend, device, dtype, variant))
+    editor = open_editor(model, loading_fields(backend, process_device(device), dtype, variant))
     with _bar() as progress:
         found = evaluate_edit(
             editor,
@@ -157,6 +159,8 @@ def evaluate(
             steps=steps,
             guidance=guidance,
         )
+    if not first_process():
+        raise typer.Exit(0)
     verdicts = judge(found, requirements, judge_by.value)
     if verdicts:
         write_report(found, out, verdicts)

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from diffedit import drawing
 from diffedit.editor import Editor
 from diffedit.errors import StorageError
 from diffedit.evaluate.judge import Judge, file_digest
@@ -45,6 +46,11 @@ class Gallery:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._memory: dict[str, bytes] = {}
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes see what this one keeps."""
+        return self._folder is not None
 
     def read(self, name: str) -> Image.Image:
         """The picture of that name.
@@ -105,7 +111,7 @@ def draw(
     batch_size: int,
     done: Callable[[int], None],
 ) -> list[str]:
-    """Draw what is missing with the model as it is.
+    """Draw what is missing with the model as it is, each process its share if they keep pictures in one folder.
 
     Args:
         editor: the model.
@@ -124,16 +130,22 @@ def draw(
     wanted = dict(zip(names, jobs, strict=True))
     missing = [name for name in wanted if not gallery.has(name)]
     done(len(jobs) - len(missing))
-    for i in range(0, len(missing), batch_size):
-        chunk = missing[i : i + batch_size]
-        pairs = [(wanted[name].prompt, wanted[name].seed) for name in chunk]
-        steps, guidance = sampling["steps"], sampling["guidance"]
-        images = editor.generate_pairs(
-            pairs, steps=None if steps is None else int(steps), guidance=guidance, batch_size=batch_size
-        )
-        for name, image in zip(chunk, images, strict=True):
-            gallery.write(name, image)
-        done(len(chunk))
+    steps, guidance = sampling["steps"], sampling["guidance"]
+
+    def keep(i: int, image: Image.Image) -> None:
+        gallery.write(missing[i], image)
+        done(1)
+
+    mine = drawing.draw(
+        editor,
+        [(wanted[name].prompt, wanted[name].seed) for name in missing],
+        keep,
+        steps=None if steps is None else int(steps),
+        guidance=guidance,
+        batch_size=batch_size,
+        shared=gallery.shared,
+    )
+    done(len(missing) - mine)
     return names
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from diffedit._version import __version__
+from diffedit.drawing import first_before_others
 from diffedit.edit import Edit
 from diffedit.editor import Editor
 from diffedit.errors import OutputExistsError, RequestError
@@ -33,6 +34,7 @@ from diffedit.evaluate.suite import Suite, build
 from diffedit.io.folder import write_file
 from diffedit.provenance import check_base
 from diffedit.request import Kind
+from diffedit.tracing.run import first_process
 
 _LIBRARIES = ("diffusers", "torch", "transformers")
 
@@ -91,7 +93,8 @@ def evaluate_edit(
         switch(True)
         edited = weights_of(editor)
         last = draw(editor, suite.jobs, "after", edited, gallery, sampling, batch_size, tell)
-    seen = _Seen(judge, suite, gallery, first, last)
+    with first_before_others():  # the others find the vectors that it keeps
+        seen = _Seen(judge, suite, gallery, first, last)
     pictures = seen.pictures()
     rates = findings.rates(pictures, suite.preserved, chosen.least_detection)
     found = Evaluation(
@@ -113,7 +116,7 @@ def evaluate_edit(
             **{name: version(name) for name in _LIBRARIES},
         },
     )
-    if folder is not None:
+    if folder is not None and first_process():
         write_file(folder / REPORT, render_report(found, gallery).encode("utf-8"), overwrite=True)
         write_file(folder / FILE, found.to_json(), overwrite=True)  # last: it says that all is there
     return found

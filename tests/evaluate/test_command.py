@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from diffedit import Edit, verify
+from diffedit import Edit, Editor, verify
 from diffedit.cli import app
+from diffedit.evaluate.gallery import Gallery, draw
+from diffedit.evaluate.suite import Job
+from tests.launch import launched
 
 FAST = ("--images", "2", "--steps", "1", "--scorer", "builtin:emoji-scorer")
 
@@ -93,3 +97,32 @@ def test_everyday_prompts_come_from_a_file(cli, model):
 def test_a_model_without_a_judge(cli, model):
     code, _, err = cli(model, "--edit", "no-dog")
     assert code == 2 and "--scorer" in err
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(cli, model, tmp_path):
+    arguments = ["evaluate", str(model), "--edit", "no-dog", *FAST, "--batch-size", "2", "--json"]
+    code, one, err = cli(*arguments[1:], "-o", "one")
+    assert code == 0, err
+    done = launched([*arguments, "-o", "two"], tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, alone = (json.loads(text)["evaluation"] for text in (done.stdout, one))  # exactly one document each
+    assert found == alone
+    names = [sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.png")) for folder in ("one", "two")]
+    assert names[0] == names[1] and len(names[0]) == 20
+    assert all(Path("one", name).read_bytes() == Path("two", name).read_bytes() for name in names[0])
+    assert Path("two/report.html").read_bytes() == Path("one/report.html").read_bytes()
+    again = launched([*arguments, "-o", "two"], tmp_path, 2)
+    assert again.returncode != 0 and "already there" in again.stdout + again.stderr
+
+
+def test_pictures_in_memory_are_drawn_by_every_process(model, edit, monkeypatch):
+    """Nobody else sees them, so nothing may be left to the others; the launcher says there are two."""
+    editor = Editor(model)
+    job = Job("efficacy", "dog", "edit", "object", "a dog", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    memory = Gallery(None)
+    counts = []
+    sampling = {"steps": 1, "guidance": 1.0}
+    names = draw(editor, [job, replace(job, seed=1)], "before", "weights", memory, sampling, 1, counts.append)
+    assert all(memory.has(name) for name in names) and sum(counts) == 2

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from typer.testing import CliRunner
 from diffedit import Editor
 from diffedit.cli import app
 from diffedit.drawing import draw
+from tests.launch import launched
 from tests.saved_model import save_tiny_model
 
 PROMPTS = ("a dog", "a cat", "the pig")
@@ -54,15 +52,11 @@ def test_any_number_of_processes_draws_the_same(model, tmp_path, processes):
     arguments = ["generate", str(model), *PROMPTS, *seeds, "--edit", str(edit), "--batch-size", "2", "--json"]
     one = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "one")])
     assert one.exit_code == 0, one.output
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-    launch += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "diffedit", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
-    many = [*launch, "-o", str(tmp_path / "many")]
-    done = subprocess.run(many, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    many = [*arguments, "-o", str(tmp_path / "many")]
+    done = launched(many, tmp_path, processes)
     assert done.returncode == 0, done.stderr[-2000:]
     document = json.loads(done.stdout)  # exactly one, from the first process
     assert len(document["pictures"]) == 15
     assert pictures(tmp_path / "one") == pictures(tmp_path / "many") and len(pictures(tmp_path / "many")) == 15
-    again = subprocess.run(many, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    again = launched(many, tmp_path, processes)
     assert again.returncode != 0 and "a picture of that name is already there" in again.stdout

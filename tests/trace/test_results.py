@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -33,6 +30,7 @@ from diffedit.testing import check_locator, model_state
 from diffedit.tracing.probes import NAMES, load_probes
 from diffedit.tracing.result import CausalTrace
 from diffedit.tracing.run import estimate_seconds
+from tests.launch import launched
 from tests.saved_model import save_tiny_model
 
 PROMPTS = ["a photo of a dog", "the dog in the sun", "a dog"]
@@ -226,17 +224,7 @@ def test_two_processes_give_the_table_of_one(model, tmp_path):
     arguments = command(model, "--seeds", "3", "--json")
     one = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "one")])
     assert one.exit_code == 0
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [*launch, "-m", "diffedit", *arguments, "-o", str(tmp_path / "two")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launched([*arguments, "-o", str(tmp_path / "two")], tmp_path, 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["units"] == 6  # exactly one document, from the first process
     assert same(CausalTrace.load(tmp_path / "one"), CausalTrace.load(tmp_path / "two"))
