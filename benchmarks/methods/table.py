@@ -65,6 +65,7 @@ _PAPER: Setting = {"everyday": 0, "give_up": None}  # lam alone, as in the paper
 METHODS: dict[str, Method] = {
     "quickfix": Method("quickfix", ({}, {"give_up": 0.05}, {"give_up": 0.3})),
     "quickfix-bare": Method("quickfix", ({}, {"give_up": 0.05}, {"give_up": 0.3}), preserve=False),
+    "quickfix-spread": Method("quickfix", ({LOCATOR: {"name": "text-mlp-range", "stop": 1.0}},), seconds=6),
     "quickfix-paper": Method("quickfix", tuple({**_PAPER, "lam": lam} for lam in (0.01, 0.001, 0.1)), preserve=False),
     "quickfix-published": Method("quickfix-published", ({}, {"lam": 0.1}, {"lam": 1.0})),
     "uce": Method("uce", ({}, {"lam": 0.05}, {"pairing": "every"})),
@@ -111,12 +112,6 @@ METHODS: dict[str, Method] = {
     "quickfix-named-only": Method("quickfix", (_PAPER,), part="without both: named concepts are held, by lam alone"),
     "quickfix-exact": Method("quickfix", ({"exact": "empty"},), part="the empty prompt moves by nothing at all"),
     "quickfix-mlp": Method("quickfix", ({LOCATOR: _EARLY},), part="edits the first layer's MLP instead"),
-    "quickfix-spread": Method(
-        "quickfix",
-        ({LOCATOR: {"name": "text-mlp-range", "stop": 1.0}},),
-        part="spreads the edit over the MLPs of all layers",
-        seconds=6,
-    ),
     "quickfix-traced": Method(
         "quickfix",
         ({LOCATOR: {"name": "causal-trace", "measure": "embedding", "sites": 2}},),
