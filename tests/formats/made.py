@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffedit import Edit, Editor
 from diffedit.delta import Delta, LowRank
 from diffedit.locators.fixed import FixedLocator
+from diffedit.preparing import Prepared
 from diffedit.provenance import describe
 from diffedit.request import make_request
 from diffedit.site import EditSite, Location, Role, TokenRule
@@ -44,11 +45,8 @@ def random_edit(
     delta = Delta(factors)
     request = make_request(subject="dog", target="cat")
     location = Location(delta.sites, TokenRule.LAST_SUBJECT, "fixed", "made up")
-    trial = editor.ledger.trial(delta)
-    manifest = describe(
-        editor.backend, editor.ledger, [request], ["given"], location, delta, trial, FixedLocator(), QuickFix()
-    )
-    edit = Edit(manifest, delta)
+    ready = Prepared((request,), ("given",), location, FixedLocator(), QuickFix())
+    edit = Edit(describe(editor.backend, editor.ledger, ready, delta, editor.ledger.trial(delta)), delta)
     return editor.load(edit) if apply else edit
 
 
