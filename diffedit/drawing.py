@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from diffedit.editor import Editor
-from diffedit.tracing.run import processes
+from diffedit.tracing.run import team
 
 BATCH = 4
 
@@ -46,7 +44,7 @@ def draw(
         How many pictures this process drew.
     """
     batches = [range(i, min(i + batch_size, len(pairs))) for i in range(0, len(pairs), batch_size)]
-    state = _team() if shared else None
+    state = team() if shared else None
     if state is not None:
         state.wait_for_everyone()
         batches = batches[state.process_index :: state.num_processes]
@@ -63,18 +61,9 @@ def draw(
 @contextmanager
 def first_before_others() -> Iterator[None]:
     """The block in the first process, and then in the others: what it keeps in files they need not make again."""
-    state = _team()
+    state = team()
     if state is None:
         yield
     else:
         with state.main_process_first():
             yield
-
-
-def _team() -> Any:
-    """The state of the processes that accelerate started together; `None` for one alone."""
-    if processes() == 1:
-        return None
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.cuda.is_available())

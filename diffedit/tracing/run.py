@@ -107,6 +107,15 @@ def processes() -> int:
     return max(1, int(os.environ.get("WORLD_SIZE", "1") or 1))
 
 
+def team() -> Any:
+    """Accelerate's state of the processes that were started together; `None` for one alone."""
+    if processes() == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def first_process() -> bool:
     """Whether this one reports the result."""
     return int(os.environ.get("RANK", "0") or 0) == 0
@@ -115,12 +124,11 @@ def first_process() -> bool:
 def _run_all(
     tracer: Tracer, folder: Path | None, key: str, progress: Callable[[int, int], None] | None
 ) -> dict[Unit, Row]:
-    if processes() == 1:
+    state = team()
+    if state is None:
         return _share(tracer, tracer.units, folder, key, progress)
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state = PartialState(cpu=not torch.cuda.is_available())
     with state.split_between_processes(list(tracer.units)) as mine:
         own = _share(tracer, mine, folder, key, progress)
     return dict(gather_object(list(own.items())))
