@@ -6,8 +6,10 @@ nothing. The dense [d_out, d_in] matrix exists only when asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -86,7 +88,12 @@ class LowRank:
         """Frobenius norm, from thin QR factors: no dense matrix, and no digits lost where factors nearly cancel.
 
         Of a change of nearly full rank, where the dense matrix is no larger than the factors, it is taken directly.
+        Computed once: factors are not to be written to.
         """
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
         if self.rank >= 256 and 2 * self.rank > min(self.shape):
             return float(torch.linalg.vector_norm(self.dense()))
         r_up = torch.linalg.qr(self.up.double()).R
@@ -131,7 +138,7 @@ class LowRank:
 
     def check_finite(self, name: str) -> None:
         """Raise `NonFiniteError` that names the site if a factor holds NaN or infinity."""
-        if bool(torch.isfinite(self.up.sum() + self.down.sum())):  # a sum carries any NaN or infinity
+        if math.isfinite(float(self.up.sum()) + float(self.down.sum())):  # a sum carries any NaN or infinity
             return
         bad = int((~torch.isfinite(self.up)).sum()) + int((~torch.isfinite(self.down)).sum())
         if bad:

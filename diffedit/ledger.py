@@ -30,7 +30,7 @@ from diffedit.errors import (
     NotAppliedError,
 )
 from diffedit.interfaces import Backend
-from diffedit.rounding import Known, achieved_share, dtype_name, rounded_sum, same_bits
+from diffedit.rounding import Hashing, Known, achieved_share, dtype_name, rounded_sum, same_bits
 from diffedit.rounding import cast_hashes as cast_hashes
 from diffedit.rounding import tensor_hash as tensor_hash
 from diffedit.site import EditSite
@@ -42,15 +42,20 @@ class Trial:
 
     Attributes:
         weight: [d_out, d_in], the resulting weight in the model's dtype.
-        sha256: hash of the resulting weight, in the model's dtype.
         achieved: share of the requested change that survived the rounding, where the change acts (its row space).
         relative_norm: |change| / |weight|.
+        hashing: of the resulting weight.
     """
 
     weight: Tensor
-    sha256: str
     achieved: float
     relative_norm: float
+    hashing: Hashing
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the resulting weight, in the model's dtype; waits for it, so ask late."""
+        return self.hashing.sha256
 
 
 class Ledger:
@@ -88,10 +93,11 @@ class Ledger:
         out = {}
         for site, change in delta:
             known = self._known_base(site)
-            weight, (asked, got) = rounded_sum(site, known.weight, [change])
-            achieved = achieved_share(site, known.weight.dtype, asked, got)
-            relative = asked**0.5 / known.norm if known.norm else float("inf")
-            out[site] = Trial(weight, tensor_hash(weight), achieved, relative)
+            made = rounded_sum(site, known.weight, [change])
+            size = change.norm()
+            achieved = achieved_share(site, known.weight.dtype, size**2, made.got)
+            relative = size / known.norm if known.norm else float("inf")
+            out[site] = Trial(made.weight, achieved, relative, made.hashing)
         return out
 
     def apply(self, edit_id: str, delta: Delta, trial: Mapping[EditSite, Trial] | None = None) -> None:
@@ -211,9 +217,12 @@ class Ledger:
             changes = [active[key].factors[site] for key in sorted(active) if site in active[key].factors]
             if trial is not None:
                 new[site], hashes[site] = trial[site].weight, trial[site].sha256
+            elif changes:
+                made = rounded_sum(site, base[site], changes)
+                new[site], hashes[site] = made.weight, made.hashing.sha256
             else:
-                new[site] = rounded_sum(site, base[site], changes)[0] if changes else base[site]
-                kept = None if changes or site not in self._base else self.base_hashes(site)
+                new[site] = base[site]
+                kept = self.base_hashes(site) if site in self._base else None
                 hashes[site] = tensor_hash(new[site]) if kept is None else kept[dtype_name(new[site].dtype)]
         held = {site for delta in self._active.values() for site in delta.sites}  # others are the base to the bit
         before = {site: weight.detach().clone() if site in held else base[site] for site, weight in live.items()}

@@ -31,6 +31,7 @@ def describe(
         delta: the change, float32 factors.
         trial: what `Ledger.trial` made of it.
     """
+    tensors, pairs = tensor_records(delta_to_tensors(delta)), pairs_records(delta.pairs)
     sites = []
     for site, change in delta:
         base, tried = ledger.base(site), trial[site]
@@ -65,8 +66,8 @@ def describe(
         sites=tuple(sites),
         base=base_record,
         versions={package: _version(package) for package in _PACKAGES},
-        tensors=tensor_records(delta_to_tensors(delta)),
-        pairs=pairs_records(delta.pairs),
+        tensors=tensors,
+        pairs=pairs,
     ).with_id()
 
 

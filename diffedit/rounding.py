@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -25,12 +27,63 @@ from diffedit.site import EditSite
 FLOORS = {torch.float64: 0.99, torch.float32: 0.99, torch.float16: 0.95, torch.bfloat16: 0.90}
 
 _BLOCK = 1 << 15  # numbers; a few blocks of float64 fit the processor's own cache
+_LARGE, _PIECE = 1 << 20, 1 << 18  # bytes from which a thread of its own hashes, and how many at a time
+_SAFE = 1e-15, 1e15  # norms whose square a float32 sum holds
 
 
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of the numbers, row-major, in the tensor's own dtype."""
-    data = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@cache
+def _beside() -> ThreadPoolExecutor:
+    """One thread that hashes while others work; hashlib lets go of the interpreter."""
+    return ThreadPoolExecutor(1, "diffedit-sha256")
+
+
+if hasattr(os, "register_at_fork"):  # a thread does not survive a fork
+    os.register_at_fork(after_in_child=_beside.cache_clear)
+
+
+class Hashing:
+    """SHA-256 of a tensor that is still being filled, row by row: a large one's in a thread beside that work.
+
+    Args:
+        tensor: contiguous, at least one dimension.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._digest = hashlib.sha256()
+        self._data = _bytes(tensor) if tensor.device.type == "cpu" and tensor.nbytes >= _LARGE else None
+        self._start = 0
+        self._last: Future[None] | None = None
+
+    def filled(self, rows: int) -> None:
+        """Nobody writes to the first `rows` rows any more."""
+        if self._data is None:
+            return
+        end = rows * self._tensor[0].nbytes
+        if end - self._start < _PIECE and end < len(self._data):  # to wake the other thread costs more than a block
+            return
+        try:
+            self._last = _beside().submit(self._digest.update, self._data[self._start : end])
+            self._start = end
+        except RuntimeError:  # the interpreter is about to end
+            self._data = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all rows, once they are filled; waits for the thread."""
+        if self._data is None or self._last is None:
+            return tensor_hash(self._tensor)
+        self._last.result()
+        return self._digest.hexdigest()
 
 
 def cast_hashes(weight: Tensor) -> dict[str, str]:
@@ -64,12 +117,16 @@ def same_bits(live: Tensor, kept: Tensor) -> bool:
 
 
 def frobenius(weight: Tensor) -> float:
-    """Frobenius norm of a matrix, squared and summed in float64 whatever its dtype; NaN and infinity carry over."""
-    parts, total = torch.split(weight.detach(), _rows(weight)), 0.0
-    for part, wide in zip(parts, _buffers(parts, 1), strict=True):
-        flat = wide[0].copy_(part).view(-1)
-        total += float(torch.dot(flat, flat))
-    return math.sqrt(total)
+    """Frobenius norm of a matrix: each row's in float32 (float64 for float64), to some seven digits, summed in float64.
+
+    NaN and infinity carry over. What float32 cannot square takes the slower way, all in float64.
+    """
+    weight = weight.detach()
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    norm = math.sqrt(float(torch.linalg.vector_norm(weight, dim=1, dtype=exact).double().square().sum()))
+    if exact is torch.float64 or _SAFE[0] < norm < _SAFE[1]:
+        return norm
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 
 
 class Known:
@@ -93,26 +150,49 @@ class Known:
         return frobenius(self.weight)
 
 
-def rounded_sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[Tensor, tuple[float, float]]:
-    """cast(base + D), D the sum of the changes, and beside it (<D, D>, <D, what the cast made of it - base>).
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """What a change D makes of a weight W.
 
-    One pass over blocks that fit the processor's cache. NaN and infinity anywhere in base or result end in the second
-    product.
+    Attributes:
+        weight: [d_out, d_in], cast(W + D).
+        got: <D, weight - W>, to six digits; to float64's for a float64 weight.
+        hashing: of the weight.
+    """
+
+    weight: Tensor
+    got: float
+    hashing: Hashing
+
+
+def rounded_sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> Rounded:
+    """The base with the sum of the changes, and what the cast made of it.
+
+    One pass over blocks that fit the processor's cache. With D = U V, <D, E> is <U, E V^T>: small factors, and NaN and
+    infinity anywhere in base or result end in it.
+
+    Raises:
+        NonFiniteError: a change, the base or the result is not finite.
     """
     for change in changes:
         change.check_finite(site.name)
     up = torch.cat([change.up.double().to(base.device) for change in changes], 1)
     down = torch.cat([change.down.double().to(base.device) for change in changes], 0)
-    weight = torch.empty_like(base)
-    blocks = [torch.split(x, _rows(base)) for x in (base, up, weight)]
-    asked = got = 0.0
-    for before, factor, after, (exact, wanted, made) in zip(*blocks, _buffers(blocks[0], 3), strict=True):
-        exact.copy_(before)
-        torch.mm(factor, down, out=wanted)
-        after.copy_(torch.add(exact, wanted, out=made))
-        made.copy_(after).sub_(exact)
-        asked += float(torch.dot(wanted.view(-1), wanted.view(-1)))
-        got += float(torch.dot(wanted.view(-1), made.view(-1)))
+    weight = torch.empty_like(base, memory_format=torch.contiguous_format)
+    exact = torch.promote_types(base.dtype, torch.float32)
+    seen = up.new_empty(up.shape, dtype=exact)  # (W' - W) V^T
+    narrow, size = down.T.to(exact), _rows(base)
+    blocks = zip(*(torch.split(x, size) for x in (base, up, weight, seen)), strict=True)
+    # One memory for all blocks: fresh memory would cost more than the sums.
+    total, made = (base.new_empty(size, base.shape[1], dtype=dtype) for dtype in (torch.float64, exact))
+    hashing, done = Hashing(weight), 0
+    for before, factor, after, part in blocks:
+        n = len(after)
+        after.copy_(total[:n].copy_(before).addmm_(factor, down))
+        done += n
+        hashing.filled(done)
+        torch.mm(made[:n].copy_(after).sub_(before), narrow, out=part)
+    got = float((up * seen).sum())
     if got - got != 0.0:  # infinite or NaN
         bad = int((~torch.isfinite(base)).sum())
         if bad:
@@ -123,7 +203,7 @@ def rounded_sum(site: EditSite, base: Tensor, changes: list[LowRank]) -> tuple[T
             raise NonFiniteError(
                 f"the edited weight of {site.name} overflows {base.dtype}", hint="load the model in float32"
             )
-    return weight, (asked, got)
+    return Rounded(weight, got, hashing)
 
 
 def achieved_share(site: EditSite, dtype: torch.dtype, asked: float, got: float) -> float:
@@ -148,12 +228,6 @@ def achieved_share(site: EditSite, dtype: torch.dtype, asked: float, got: float)
             hint="load the model in float32 and edit that",
         )
     return achieved
-
-
-def _buffers(parts: Sequence[Tensor], count: int) -> Iterator[Tensor]:
-    """Per part [n, d] the same float64 memory [count, n, d]: fresh memory would cost more than what is done in it."""
-    memory = parts[0].new_empty(count, *parts[0].shape, dtype=torch.float64)
-    return (memory[:, : len(part)] for part in parts)
 
 
 def _rows(matrix: Tensor) -> int:

@@ -145,16 +145,18 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, lengt
     """
     t, b = keys.shape
     heads = attention.num_heads
+    flat = keys.flatten()
     q = (q * attention.scale).view(b, heads, -1)
-    scores = torch.stack([k.index_select(0, rows).view_as(q).mul_(q).sum(-1) for rows in keys])
-    beyond = torch.arange(t, device=keys.device)[:, None] >= lengths
-    scores = scores.masked_fill(beyond[..., None], -torch.inf)
-    shares = (scores - scores.amax(0)).exp()
-    total, mixed = torch.zeros_like(shares[0]), torch.zeros_like(q)
-    for rows, share in zip(keys, shares, strict=True):
-        total += share
-        mixed += v.index_select(0, rows).view_as(q).mul_(share[..., None])
-    return (mixed / total[..., None]).reshape(b, -1)
+    scores = k.index_select(0, flat).view(t, *q.shape).mul_(q).sum(-1)
+    if t > int(lengths.min()):
+        beyond = torch.arange(t, device=keys.device)[:, None] >= lengths
+        scores.masked_fill_(beyond[..., None], -torch.inf)
+    shares = scores.sub_(scores.amax(0)).exp_()
+    mixed = v.index_select(0, flat).view(t, *q.shape).mul_(shares[..., None])
+    for i in range(1, t):
+        shares[0] += shares[i]
+        mixed[0] += mixed[i]
+    return (mixed[0] / shares[0][..., None]).reshape(b, -1)
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from diffedit.reading import no_whole_word
 from diffedit.site import SubjectSpan
 from diffedit.text import clean, find, locate
 
+_FEW = 16
 _TOGETHER = 512  # prompts in one call: what the tokenizer says of them is gone before the garbage collector counts it
 
 
@@ -58,12 +59,10 @@ def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], lengt
     found: dict[tuple[str, str, int], SubjectSpan] = {}
     for start in range(0, len(plain), _TOGETHER):
         part = plain[start : start + _TOGETHER]
-        prompts = [prompt for prompt, _, _ in part]
-        encoded = tokenizer(prompts, return_attention_mask=False, truncation=False, verbose=False)
-        for i, (phrase, ids) in enumerate(zip(part, encoded["input_ids"], strict=True)):
+        for phrase, encoded in zip(part, _encode(tokenizer, [prompt for prompt, _, _ in part]), strict=True):
             prompt, subject, begin = phrase
-            first = encoded.char_to_token(i, begin)
-            last = encoded.char_to_token(i, begin + len(subject) - 1)
+            first, last = encoded.char_to_token(begin), encoded.char_to_token(begin + len(subject) - 1)
+            ids = encoded.ids
             eos = min(len(ids), length) - 1
             if first is not None and last is not None and last < eos:
                 found[phrase] = SubjectSpan(prompt, subject, first, last + 1, eos, _cut(ids, length))
@@ -75,6 +74,20 @@ def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], lengt
                 raise no_whole_word(prompt)
             found[phrase] = subject_span(tokenizer, prompt, subject, length, starts.index(begin))
     return [found[phrase] for phrase in phrases]
+
+
+def _encode(tokenizer: Any, prompts: list[str]) -> list[Any]:
+    """The encodings of whole prompts by the tokenizer's own backend.
+
+    What transformers puts around it takes more time than it does itself, and for a few prompts waking its threads too.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None:  # left over from another call; transformers sets both anew in each
+        backend.no_padding()
+    if backend.truncation is not None:
+        backend.no_truncation()
+    encoded: list[Any] = [backend.encode(p) for p in prompts] if len(prompts) <= _FEW else backend.encode_batch(prompts)
+    return encoded
 
 
 def _is_plain(prompt: str, subject: str, begin: int) -> bool:

@@ -240,13 +240,11 @@ class StableDiffusion(Interventions, TokenReads):
             unet = getattr(self.model.pipeline, UNET, None) or nn.Module()
             return (linear_layer if site.role in LINEAR_ROLES else cross_attention_layer)(unet, site)
         layer: Any = self._layer(site)
-        prefix = f"{_PREFIX}.{site.layer}."
-        known = {f"{prefix}self_attn.out_proj": layer.self_attn.out_proj, f"{prefix}mlp.fc2": layer.mlp.fc2}
-        if site.path not in known:
-            raise UnsupportedModelError(
-                "the model has no such edit site", value=site.name, cause=f"layer has {sorted(known)}"
-            )
-        return known[site.path]
+        for inner, module in (("self_attn.out_proj", layer.self_attn.out_proj), ("mlp.fc2", layer.mlp.fc2)):
+            if site.path == f"{_PREFIX}.{site.layer}.{inner}":
+                return module
+        known = f"layer has self_attn.out_proj and mlp.fc2 in {_PREFIX}.{site.layer}"
+        raise UnsupportedModelError("the model has no such edit site", value=site.name, cause=known)
 
     def _norm(self, site: EditSite) -> nn.Module:
         layer: Any = self._layer(site)

@@ -23,11 +23,14 @@ same bits whether it was made alone or with others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -110,7 +113,7 @@ def key_values(
             key = name.casefold(), group
             if key[0] not in taken and key not in kept:
                 kept[key] = held_entry(request, name, weight, group)
-    norms = {site: _norm(backend, site) for site in sites}
+    norms: dict[EditSite, float] = {}
     wanted, shared = _collect(backend, asked, sites, rule, recipe, norms)
     held, _ = _collect(backend, list(kept.values()), sites, rule, recipe, norms)
     found = {}
@@ -160,7 +163,7 @@ def _collect(
             aims = backend.read(listed.places, sites, padded=padded)
         for which, part in listed.parts(_PAIRS):
             for site in sites:
-                keys, residuals = _differences(backend, site, read[which], part, (rows, aims), recipe, norms[site])
+                keys, residuals = _differences(backend, site, read[which], part, (rows, aims), recipe, norms)
                 reduced = _reduced(keys, residuals, read[which], part, recipe.tol, recipe.shares.get(site, 1.0))
                 out[site].update(zip(portion[which], reduced, strict=True))
                 owners = (i for i, count in zip(portion[which], part.counts, strict=True) for _ in range(count))
@@ -174,9 +177,13 @@ def _collect(
 def _marks(keys: Tensor) -> list[int]:
     """A number for each key, the same for the same bits; different keys hardly ever share one."""
     bits = keys.cpu().numpy().view(np.int32)
-    weights = np.random.default_rng(0).integers(-(2**62), 2**62, bits.shape[1]) * 2 + 1
-    found: list[int] = (bits @ weights).tolist()  # beyond 64 bits it wraps around
+    found: list[int] = (bits @ _mark_weights(bits.shape[1])).tolist()  # beyond 64 bits it wraps around
     return found
+
+
+@cache
+def _mark_weights(width: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(0).integers(-(2**62), 2**62, width) * 2 + 1
 
 
 def _differences(
@@ -186,11 +193,12 @@ def _differences(
     listed: Listed,
     seen: tuple[Rows, Rows],
     recipe: Recipe,
-    norm: float,
+    norms: dict[EditSite, float],
 ) -> tuple[Tensor, Tensor]:
     """Keys [n, d_in] and residuals [n, d_out] of all pairs (no columns for preserved names), weights not folded in.
 
-    `seen` is what the sources are taken from and what the targets are taken from.
+    `seen` is what the sources are taken from and what the targets are taken from. The weight's norm comes to `norms`:
+    it is computed just before the weight is needed again.
     """
     (inputs, streams), (aims, aim_streams) = ((rows.inputs[site], rows.streams[site]) for rows in seen)
     s, t = torch.tensor([listed.sources, listed.targets], device=inputs.device)
@@ -198,6 +206,8 @@ def _differences(
     _check_finite("the layer's input", keys, site)
     if entries[0].held is not None:
         return keys, keys[:, :0]
+    if site not in norms:
+        norms[site] = _norm(backend, site)
     with torch.no_grad(), torch.autocast(device_type=inputs.device.type, enabled=False):
         shift = aims.index_select(0, t).sub_(keys)
         if len(keys) % _ROWS:
@@ -209,17 +219,14 @@ def _differences(
         if recipe.kind == "stream":
             residuals += aim_streams.index_select(0, t).sub_(streams.index_select(0, s))
     _check_finite("the layer's output", residuals, site)
-    owner = torch.arange(len(entries)).repeat_interleave(torch.tensor(listed.counts)).to(inputs.device)
-    sizes = [
-        torch.zeros(len(entries), dtype=torch.float64, device=inputs.device).index_add_(
-            0, owner, size.double().square()
-        )
-        for size in (torch.linalg.vector_norm(residuals, dim=1), torch.linalg.vector_norm(keys, dim=1))
-    ]
-    present = norm * sizes[1].sqrt() / site.d_in**0.5  # what the layer writes for such keys, typically
-    idle = (sizes[0].sqrt() <= 1e-6 * present).nonzero().flatten().tolist()
-    if idle:
-        request = entries[idle[0]].request
+    starts = np.cumsum((0, *listed.counts[:-1]))
+    wanted, present = (
+        np.add.reduceat(torch.linalg.vector_norm(x, dim=1).double().square().cpu().numpy(), starts) ** 0.5
+        for x in (residuals, keys)
+    )
+    idle = wanted <= 1e-6 * norms[site] * present / site.d_in**0.5  # of what the layer writes for such keys, typically
+    if idle.any():
+        request = entries[int(idle.argmax())].request
         raise NoOpError(
             f"the edit asks {site.name} for what it already does",
             value=repr(f"{request.subject} -> {request.target}"),
@@ -234,25 +241,24 @@ def _reduced(
 ) -> list[_Numbers]:
     """Each entry's rows, as the edit keeps them, on the CPU; entries with equally many pairs go together."""
     out: dict[int, _Numbers] = {}
-    counts = torch.tensor(listed.counts)
-    starts = counts.cumsum(0) - counts
-    scale = torch.tensor(listed.weights, dtype=torch.float64, device=keys.device)
-    strength = share * torch.tensor(
-        [entry.request.strength for entry in entries], dtype=torch.float64, device=keys.device
-    )
-    sizes = torch.unique(counts).tolist()
+    counts = np.array(listed.counts)
+    starts = np.cumsum(counts) - counts
+    scale = np.array(listed.weights)
+    strength = share * np.array([entry.request.strength for entry in entries])
+    sizes = sorted(set(listed.counts))
     for n in sizes:
-        members = (counts == n).nonzero().flatten()
-        at = (starts[members][:, None] + torch.arange(n)).to(keys.device)
+        members = np.flatnonzero(counts == n)
+        places = starts[members][:, None] + np.arange(n)
+        at, weights = (torch.from_numpy(x).to(keys.device) for x in (places, scale[places]))
         # Entries of one size, the usual case, are all rows as they stand.
         chosen = [x[at] if len(sizes) > 1 else x.view(*at.shape, x.shape[1]) for x in (keys, residuals)]
         k, r = (x.double() for x in chosen)
-        if not bool((strength == 1.0).all()):  # a factor of 1 changes no bit
-            r = r * strength[members.to(keys.device)][:, None, None]
+        if not (strength == 1.0).all():  # a factor of 1 changes no bit
+            r = r * torch.from_numpy(strength[members]).to(keys.device)[:, None, None]
         if n <= keys.shape[1] + residuals.shape[1]:
-            rows, changes, ranks = reduce_batch(k, r, scale[at], tol)
+            rows, changes, ranks = reduce_batch(k, r, weights, tol)
         else:
-            each = [reduce_rows(*one, tol) for one in zip(k, r, scale[at], strict=True)]
+            each = [reduce_rows(*one, tol) for one in zip(k, r, weights, strict=True)]
             rows, changes = torch.cat([a for a, _ in each]), torch.cat([b for _, b in each])
             ranks = tuple(len(a) for a, _ in each)
         # Rounded *before* the solve, so that what is kept gives the same change again.
@@ -271,7 +277,7 @@ def _norm(backend: Backend, site: EditSite) -> float:
 
 
 def _check_finite(what: str, value: Tensor, site: EditSite) -> None:
-    if bool(torch.isfinite(value.sum())):  # a sum carries any NaN or infinity, and only rarely overflows by itself
+    if math.isfinite(float(value.sum())):  # a sum carries any NaN or infinity, and only rarely overflows by itself
         return
     bad = int((~torch.isfinite(value)).sum())
     if bad:

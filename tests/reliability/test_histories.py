@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffedit import ledger
+from diffedit.rounding import Rounded
 from tests.reliability import histories
 
 RULES = {"applied", "reverted", "saved", "loaded", "scaled", "composed", "taken apart", "exported", "worn as LoRA",
@@ -39,10 +40,10 @@ def test_a_ledger_that_is_off_by_one_bit_is_caught(monkeypatch: pytest.MonkeyPat
     """The control: one number, one unit in the last place."""
     exact = ledger.rounded_sum
 
-    def off(*args: object) -> tuple[torch.Tensor, float]:
-        weight, got = exact(*args)  # type: ignore[arg-type]
-        weight.view(-1).view(torch.int32)[7] += 1
-        return weight, got
+    def off(*args: object) -> Rounded:
+        made = exact(*args)  # type: ignore[arg-type]
+        made.weight.view(-1).view(torch.int32)[7] += 1
+        return made
 
     monkeypatch.setattr(ledger, "rounded_sum", off)
     with pytest.raises(AssertionError):

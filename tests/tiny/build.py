@@ -19,6 +19,7 @@ TRUE_SIZE = {
     "sd1": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
     "sd2": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16),
 }
+VOCABULARY = 49408
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
 MERGES = ("a n", "d o", "do g</w>", "c a", "ca t</w>", "a</w> p", "p i", "o f</w>", "t h", "i n", "e r", "p h", "ph o")
 
@@ -70,7 +71,7 @@ def text_encoder(vocab_size: int, family: str, *, true_size: bool = False, seed:
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         **(TRUE_SIZE[family] if true_size else TINY),
-        vocab_size=vocab_size,
+        vocab_size=VOCABULARY if true_size else vocab_size,
         max_position_embeddings=77,
         hidden_act={"sd1": "quick_gelu", "sd2": "gelu"}[family],
         bos_token_id=vocab_size - 2,
@@ -106,6 +107,8 @@ def pipeline(
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     if family == "sd2":
         tokenizer.pad_token = "!"
+    if true_size:
+        tokenizer.model_max_length = 77
     encoder = text_encoder(len(tokenizer), family, true_size=true_size, seed=seed)
     torch.manual_seed(seed + 1)
     unet = UNet2DConditionModel(
