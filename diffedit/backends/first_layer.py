@@ -11,11 +11,9 @@ and what `out_proj` reads at position i needs one query and the keys and values 
 
 The encoder is causal: later tokens, padding included, cannot matter. Two prompts with one prefix are one computation.
 
-Row-independence: every product has at least 16 rows and a multiple of 16 (zeros fill up), and attention is written out
-as sums over one prefix. Then a token's numbers do not depend on what it is computed with: matrix libraries change their
-order of summation for fewer than four rows, not beyond, on the processors tried, while their batched attention does
-change it (tests/tiny/test_speed_paths.py checks the processor at hand). Everything runs in float32 (float64 for a
-float64 model), half-precision weights are widened.
+Row-independence: each projection is a `linalg.product`, and attention is written out as sums over one prefix: batched
+attention changes its order of summation with the batch (tests/tiny/test_speed_paths.py). Everything runs in float32
+(float64 for a float64 model), half-precision weights are widened.
 
 Limits: only plain modules. An adapter, a hook or a replaced `forward` anywhere on the way, and `plain_first_layer` says
 no: then the model itself runs.
@@ -33,11 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffedit.linalg.product import product
 from diffedit.reading import Place
 
 Numbers = npt.NDArray[np.int64]
 
-ROWS = 16
 _CHUNK = 256  # prompts whose rows fit the processor's own cache
 
 
@@ -94,7 +92,7 @@ def _read(root: Any, prefixes: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tenso
     asked, asking = _unique(last)
     stream, normed = _embed(root, _there(distinct, device))
     k, v = _linear(attention.k_proj, normed), _linear(attention.v_proj, normed)
-    q = _linear(attention.q_proj, _padded(normed[_there(asked, device)]))
+    q = _linear(attention.q_proj, normed[_there(asked, device)])
     inputs = stream.new_empty(len(prefixes), stream.shape[1])
     ascending = np.argsort(lengths, kind="stable")  # so that a chunk's lengths differ little
     for start in range(0, len(ascending), _CHUNK):
@@ -127,12 +125,11 @@ def _there(numbers: Numbers, device: torch.device) -> Tensor:
 
 
 def _embed(root: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The stream x and the normed h of each (token, position), rows filled up to a multiple of `ROWS`."""
+    """The stream x and the normed h of each (token, position)."""
     words, places = root.embeddings.token_embedding.weight, root.embeddings.position_embedding.weight
     norm = root.encoder.layers[0].layer_norm1
     exact = torch.promote_types(words.dtype, torch.float32)
     stream = words[codes // len(places)].to(exact) + places[codes % len(places)].to(exact)
-    stream = _padded(stream)
     weight, bias = (None if part is None else part.to(exact) for part in (norm.weight, norm.bias))
     return stream, F.layer_norm(stream, norm.normalized_shape, weight, bias, norm.eps)
 
@@ -160,10 +157,5 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, lengt
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:
-    bias = None if module.bias is None else module.bias.to(rows.dtype)
-    return F.linear(rows, module.weight.to(rows.dtype), bias)
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """The rows and zeros, up to a multiple of `ROWS`."""
-    return F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
+    out = product(rows, module.weight.to(rows.dtype))
+    return out if module.bias is None else out.add_(module.bias.to(rows.dtype))

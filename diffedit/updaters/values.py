@@ -37,6 +37,7 @@ from torch import Tensor
 from diffedit.delta import LowRank
 from diffedit.errors import NonFiniteError, NoOpError
 from diffedit.interfaces import Backend
+from diffedit.linalg.product import product
 from diffedit.linalg.rows import reduce_batch, reduce_rows
 from diffedit.pairs import Held, Pairs, Wanted, check_contradictions
 from diffedit.reading import Rows
@@ -57,7 +58,6 @@ from diffedit.updaters.tokens import (
 
 ValueKind = Literal["stream", "module"]
 
-_ROWS = 16  # products have a multiple of this many rows: see `Backend.read`
 _PAIRS = 512  # turned into numbers together: what they take stays in the processor's cache
 
 
@@ -210,9 +210,7 @@ def _differences(
         norms[site] = _norm(backend, site)
     with torch.no_grad(), torch.autocast(device_type=inputs.device.type, enabled=False):
         shift = aims.index_select(0, t).sub_(keys)
-        if len(keys) % _ROWS:
-            shift = torch.nn.functional.pad(shift, (0, 0, 0, -len(keys) % _ROWS))
-        residuals = (shift @ backend.weight(site).detach().to(inputs.dtype).T)[: len(keys)]
+        residuals = product(shift, backend.weight(site).detach().to(inputs.dtype))
         bias = backend.bias(site)
         if bias is not None and recipe.keep_bias:
             residuals += bias.detach().to(inputs.dtype)
