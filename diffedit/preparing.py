@@ -118,9 +118,11 @@ def choose_plugins(
     """The updater and the locator, after a look whether the requests can go into one solve.
 
     Raises:
-        RequestError: a subject is given twice.
+        RequestError: there is no request, or a subject is given twice.
         UnknownNameError: no such updater or locator.
     """
+    if not requests:
+        raise RequestError("there is nothing to edit", value="0 requests", hint="give at least one request")
     subjects = [name for request in requests for name in {name.casefold() for name in request.names}]
     if len(set(subjects)) < len(subjects):
         twice = sorted({name for name in subjects if subjects.count(name) > 1})

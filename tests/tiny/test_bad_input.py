@@ -55,6 +55,7 @@ REQUESTS = {
     "number in a list": (lambda e: e.ablate(["dog", 5], target="cat"), RequestError, "must be text: int"),
     "list to update": (lambda e: e.update(["dog"], "cat"), RequestError, "the subject must be text: list"),
     "twice": (lambda e: e.ablate(["dog", "a Dog"], target="cat"), RequestError, "given twice: dog"),
+    "no request": (lambda e: e.run([]), RequestError, "nothing to edit"),
     "special token": (lambda e: e.ablate("<|endoftext|>"), RequestError, "special token"),
     "empty target": (lambda e: e.ablate("dog", target=" "), EmptySubjectError, "the target is empty: ' '"),
     "its own target": (lambda e: e.update("dog", "the Dog"), ContradictionError, "the target is the subject: 'Dog'"),
