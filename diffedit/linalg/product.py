@@ -8,7 +8,7 @@ which takes two thirds of the time of X W^T for so few rows, because W is read o
 thousands of rows it takes a fifth more than one large product.
 
 Measured: 16 and 32 rows give the same bits with one thread and with two on the processors tried, parts of 64 do not
-(tests/tiny/test_speed_paths.py checks the processor at hand).
+(tests/unit/test_product.py checks the processor at hand).
 """
 
 from __future__ import annotations

@@ -155,8 +155,7 @@ def _state(backend: Backend, site: EditSite) -> tuple[object, ...]:
     for name, tensor in _up_to(component, site.layer) if component is not None else ():
         if own not in name:
             flat = tensor.detach().reshape(-1)
-            step = max(1, len(flat) // _SAMPLES)
-            sample = flat.as_strided((min(_SAMPLES, len(flat)),), (step,)).tolist()
+            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].tolist()
             found.append((name, id(tensor), tensor.data_ptr(), tensor._version, *sample))
     return tuple(found)
 

@@ -113,7 +113,7 @@ def key_values(
             key = name.casefold(), group
             if key[0] not in taken and key not in kept:
                 kept[key] = held_entry(request, name, weight, group)
-    norms: dict[EditSite, float] = {}
+    norms = {site: _norm(backend, site) for site in sites}
     wanted, shared = _collect(backend, asked, sites, rule, recipe, norms)
     held, _ = _collect(backend, list(kept.values()), sites, rule, recipe, norms)
     found = {}
@@ -163,7 +163,7 @@ def _collect(
             aims = backend.read(listed.places, sites, padded=padded)
         for which, part in listed.parts(_PAIRS):
             for site in sites:
-                keys, residuals = _differences(backend, site, read[which], part, (rows, aims), recipe, norms)
+                keys, residuals = _differences(backend, site, read[which], part, (rows, aims), recipe, norms[site])
                 reduced = _reduced(keys, residuals, read[which], part, recipe.tol, recipe.shares.get(site, 1.0))
                 out[site].update(zip(portion[which], reduced, strict=True))
                 owners = (i for i, count in zip(portion[which], part.counts, strict=True) for _ in range(count))
@@ -193,12 +193,11 @@ def _differences(
     listed: Listed,
     seen: tuple[Rows, Rows],
     recipe: Recipe,
-    norms: dict[EditSite, float],
+    norm: float,
 ) -> tuple[Tensor, Tensor]:
     """Keys [n, d_in] and residuals [n, d_out] of all pairs (no columns for preserved names), weights not folded in.
 
-    `seen` is what the sources are taken from and what the targets are taken from. The weight's norm comes to `norms`:
-    it is computed just before the weight is needed again.
+    `seen` is what the sources are taken from and what the targets are taken from.
     """
     (inputs, streams), (aims, aim_streams) = ((rows.inputs[site], rows.streams[site]) for rows in seen)
     s, t = torch.tensor([listed.sources, listed.targets], device=inputs.device)
@@ -206,8 +205,6 @@ def _differences(
     _check_finite("the layer's input", keys, site)
     if entries[0].held is not None:
         return keys, keys[:, :0]
-    if site not in norms:
-        norms[site] = _norm(backend, site)
     with torch.no_grad(), torch.autocast(device_type=inputs.device.type, enabled=False):
         shift = aims.index_select(0, t).sub_(keys)
         residuals = product(shift, backend.weight(site).detach().to(inputs.dtype))
@@ -222,7 +219,7 @@ def _differences(
         np.add.reduceat(torch.linalg.vector_norm(x, dim=1).double().square().cpu().numpy(), starts) ** 0.5
         for x in (residuals, keys)
     )
-    idle = wanted <= 1e-6 * norms[site] * present / site.d_in**0.5  # of what the layer writes for such keys, typically
+    idle = wanted <= 1e-6 * norm * present / site.d_in**0.5  # of what the layer writes for such keys, typically
     if idle.any():
         request = entries[int(idle.argmax())].request
         raise NoOpError(

@@ -15,13 +15,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from tests.formats.made import open_clip_names
 from tests.tiny import ldm
-from tests.tiny.build import NestedTextModel, autoencoder
+from tests.tiny.build import VOCABULARY, NestedTextModel, autoencoder
 
 TRUE_SIZE = (
     dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768),
     dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280),
 )
-VOCABULARY = 49_408
 TINY = (
     dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, projection_dim=32),
     dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, projection_dim=24),
