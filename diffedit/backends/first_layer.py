@@ -36,7 +36,7 @@ from diffedit.reading import Place
 
 Numbers = npt.NDArray[np.int64]
 
-_CHUNK = 256  # prompts whose rows fit the processor's own cache
+_CHUNK = 128  # prompts whose rows fit the processor's own cache
 
 
 def plain_first_layer(encoder: Any, root: Any) -> bool:
