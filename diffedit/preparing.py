@@ -14,6 +14,7 @@ from diffedit import registry
 from diffedit.aliases import Expand
 from diffedit.backends.loading import load_model
 from diffedit.errors import RequestError, UnsupportedModelError
+from diffedit.garbage import postponed
 from diffedit.interfaces import Backend, Locator, Sampling, Updater
 from diffedit.request import Action, Request, edited_names
 from diffedit.site import Location, Role
@@ -83,6 +84,7 @@ def choose_backend(model: Any, backend: str | None, **loading: Any) -> Backend:
     return chosen
 
 
+@postponed()
 def make_requests(
     completer: Completer, action: Action, subject: Any, updater: str | Updater, *, expand: Expand = "none", **said: Any
 ) -> tuple[list[Request], Updater, list[str]]:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from diffedit.delta import Delta
 from diffedit.errors import AlreadyAppliedError, BaseMismatchError
+from diffedit.garbage import postponed
 from diffedit.interfaces import Backend, Plugin
 from diffedit.io.files import delta_to_tensors, tensor_records
 from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord, diagnostics_dict
@@ -19,6 +20,7 @@ from diffedit.site import EditSite
 _PACKAGES = ("diffedit", "diffusers", "safetensors", "torch", "transformers")
 
 
+@postponed()
 def describe(
     backend: Backend, ledger: Ledger, ready: Prepared, delta: Delta, trial: Mapping[EditSite, Trial]
 ) -> Manifest:

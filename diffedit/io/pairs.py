@@ -32,22 +32,19 @@ _KEY = "diffedit"
 _HINT = "restore it, or delete it: then the edit still applies but does not compose"
 
 
-def pairs_to_tensors(site: EditSite, pairs: Pairs) -> dict[str, Tensor]:
-    """One site's rows under their names in the file, on the CPU."""
+def _rows(site: EditSite, pairs: Pairs) -> dict[str, list[Tensor]]:
+    """One site's tensors by name in the file, each as its rows, entry by entry."""
     tensors = {
-        f"{site.name}.keys": torch.cat([entry.keys for entry in pairs.wanted]),
-        f"{site.name}.residuals": torch.cat([entry.residuals for entry in pairs.wanted]),
+        f"{site.name}.keys": [entry.keys for entry in pairs.wanted],
+        f"{site.name}.residuals": [entry.residuals for entry in pairs.wanted],
+        f"{site.name}.held": [entry.keys for entry in pairs.held],
+        f"{site.name}.spread": pairs.spread_parts(),
     }
-    if pairs.held:
-        tensors[f"{site.name}.held"] = torch.cat([entry.keys for entry in pairs.held])
-    spreads = pairs.spread_parts()
-    if spreads:
-        tensors[f"{site.name}.spread"] = torch.cat(spreads)
     if pairs.price is not None:
-        tensors[f"{site.name}.metric"] = pairs.price.root.float()
+        tensors[f"{site.name}.metric"] = [pairs.price.root.float()]
         if len(pairs.price.excluded):
-            tensors[f"{site.name}.excluded"] = pairs.price.excluded.float()
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            tensors[f"{site.name}.excluded"] = [pairs.price.excluded.float()]
+    return {name: parts for name, parts in tensors.items() if parts}
 
 
 def pairs_records(pairs: Mapping[EditSite, Pairs]) -> dict[str, PairsRecord]:
@@ -58,7 +55,7 @@ def pairs_records(pairs: Mapping[EditSite, Pairs]) -> dict[str, PairsRecord]:
             held=tuple(HeldRecord(rows=len(e.keys), count=e.count, group=e.group, name=e.name) for e in data.held),
             weight_norm=data.weight_norm,
             metric=data.metric,
-            tensors=tensor_records(pairs_to_tensors(site, data)),
+            tensors=tensor_records(_rows(site, data)),
         )
         for site, data in pairs.items()
     }
@@ -68,7 +65,7 @@ def pairs_file(pairs: Mapping[EditSite, Pairs], manifest: Manifest) -> bytes:
     """The bytes of `pairs.safetensors`; the same pairs give the same bytes."""
     tensors: dict[str, Tensor] = {}
     for site, data in pairs.items():
-        tensors |= pairs_to_tensors(site, data)
+        tensors |= {name: torch.cat(rows) for name, rows in _rows(site, data).items()}
     return pack({_KEY: manifest.edit_id}, tensors)
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from diffedit.delta import LowRank
 from diffedit.errors import NonFiniteError, NoOpError
+from diffedit.garbage import postponed
 from diffedit.interfaces import Backend
 from diffedit.linalg.product import product
 from diffedit.linalg.rows import reduce_batch, reduce_rows
@@ -80,6 +81,7 @@ class Recipe:
     before: Mapping[EditSite, LowRank] = field(default_factory=dict)
 
 
+@postponed()
 def key_values(
     backend: Backend,
     requests: Sequence[Request],
