@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from diffedit import registry
 from diffedit.delta import Delta
 from diffedit.errors import BaseMismatchError, NotComposableError, RequestError
-from diffedit.io.files import delta_to_tensors, tensor_records
+from diffedit.io.files import delta_records
 from diffedit.io.manifest import Manifest, canonical_json, diagnostics_dict
 from diffedit.io.pairs import pairs_records
 from diffedit.pairs import DISAGREE, Pairs, check_contradictions, check_exclusion, disagreement, main_keys
@@ -231,7 +231,7 @@ def _described(
             "requests": requests,
             "target_reasons": reasons,
             "sites": sites,
-            "tensors": tensor_records(delta_to_tensors(delta)),
+            "tensors": delta_records(delta),
             "pairs": pairs_records(delta.pairs),
             "parents": tuple(sorted(set(parents))),
         }

@@ -11,6 +11,7 @@ an updater the plan has no estimates and says so.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import time
@@ -99,7 +100,7 @@ def _try_parts(backend: Backend, ledger: Ledger, ready: Prepared) -> list[Part]:
 
 def _measured(backend: Backend, ledger: Ledger, ready: Prepared, requests: tuple[Request, ...]) -> Part:
     took = seconds(lambda: _once(backend, ledger, ready, requests))
-    with TensorMeter(apart=key_values.__code__) as meter:
+    with TensorMeter(apart=inspect.unwrap(key_values).__code__) as meter:
         delta = ready.updater.solve(backend, requests, ready.location)
         solving, meter.peak = meter.peak, meter.live
         edit = _finish(backend, ledger, ready, requests, delta)
@@ -113,12 +114,12 @@ def _once(backend: Backend, ledger: Ledger, ready: Prepared, requests: Sequence[
 
 
 def _finish(backend: Backend, ledger: Ledger, ready: Prepared, requests: Sequence[Request], delta: Delta) -> Edit:
-    """What follows the solve; the write is a few copies of the weight, made here of its result."""
+    """What follows the solve; the write is two copies of the weight, made here of its result."""
     trial = ledger.trial(delta)
     part = replace(ready, requests=tuple(requests), reasons=ready.reasons[: len(requests)])
     manifest = describe(backend, ledger, part, delta, trial)
-    copies = [tried.weight.clone() for tried in trial.values() for _ in range(2)]  # the base and the old value are kept
-    for tried, copy in zip(trial.values(), copies[::2], strict=True):
+    copies = [tried.weight.clone() for tried in trial.values()]  # the base is kept
+    for tried, copy in zip(trial.values(), copies, strict=True):
         copy.copy_(tried.weight)
     return Edit(manifest, delta)
 

@@ -10,7 +10,7 @@ from diffedit.delta import Delta
 from diffedit.errors import AlreadyAppliedError, BaseMismatchError
 from diffedit.garbage import postponed
 from diffedit.interfaces import Backend, Plugin
-from diffedit.io.files import delta_to_tensors, tensor_records
+from diffedit.io.files import delta_records
 from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord, diagnostics_dict
 from diffedit.io.pairs import pairs_records
 from diffedit.ledger import Ledger, Trial, tensor_hash
@@ -33,8 +33,13 @@ def describe(
         delta: the change, float32 factors.
         trial: what `Ledger.trial` made of it.
     """
-    tensors, pairs = tensor_records(delta_to_tensors(delta)), pairs_records(delta.pairs)
-    sites = []
+    tensors, pairs = delta_records(delta), pairs_records(delta.pairs)
+    model = backend.model
+    base_record = BaseRecord(
+        source=model.source, revision=model.revision, backend=backend.name, fingerprints=backend.fingerprints()
+    )
+    locator, updater = _record(ready.locator), _record(ready.updater)
+    sites = []  # last: the results may still be being hashed
     for site, change in delta:
         base, tried = ledger.base(site), trial[site]
         sites.append(
@@ -54,16 +59,12 @@ def describe(
                 diagnostics=diagnostics_dict(delta.diagnostics.get(site)),
             )
         )
-    model = backend.model
-    base_record = BaseRecord(
-        source=model.source, revision=model.revision, backend=backend.name, fingerprints=backend.fingerprints()
-    )
     return Manifest(
         requests=ready.requests,
         target_reasons=ready.reasons,
         tokens=ready.location.tokens,
-        locator=_record(ready.locator),
-        updater=_record(ready.updater),
+        locator=locator,
+        updater=updater,
         scores=ready.location.scores,
         sites=tuple(sites),
         base=base_record,

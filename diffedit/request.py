@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -82,17 +83,7 @@ class Request(BaseModel):
     @field_validator("templates")
     @classmethod
     def _check_templates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for template in value:
-            if template.count("{}") != 1 or template.replace("{}", "").count("{"):
-                raise RequestError(
-                    'a template needs exactly one "{}"',
-                    value=repr(template),
-                    cause="the subject has no place in it"
-                    if "{}" not in template
-                    else "the subject's place is ambiguous",
-                    hint='write for example "a photo of a {}"',
-                )
-        return tuple(dict.fromkeys(clean(template, "template") for template in value))
+        return _checked(value)
 
     @field_validator("strength")
     @classmethod
@@ -125,6 +116,20 @@ class Request(BaseModel):
     def render(self, phrase: str) -> tuple[tuple[str, int], ...]:
         """Each template filled with `phrase`: (prompt, character offset of the phrase)."""
         return tuple(render(template, phrase) for template in self.templates)
+
+
+@lru_cache(64)
+def _checked(templates: tuple[str, ...]) -> tuple[str, ...]:
+    """The templates cleaned, each once; thousands of requests share theirs."""
+    for template in templates:
+        if template.count("{}") != 1 or template.replace("{}", "").count("{"):
+            raise RequestError(
+                'a template needs exactly one "{}"',
+                value=repr(template),
+                cause="the subject has no place in it" if "{}" not in template else "the subject's place is ambiguous",
+                hint='write for example "a photo of a {}"',
+            )
+    return tuple(dict.fromkeys(clean(template, "template") for template in templates))
 
 
 def edited_names(requests: Iterable[Request]) -> frozenset[str]:

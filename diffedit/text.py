@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from diffedit.errors import EmptySubjectError, RequestError, SubjectNotFoundError, nearest
 
@@ -81,12 +82,18 @@ def render(template: str, phrase: str) -> tuple[str, int]:
     >>> render("a photo of a {}", "owl")
     ('a photo of an owl', 14)
     """
-    before, after = template.split("{}")
-    match = _DANGLING.search(before)
+    before, match, after = _frame(template)
     if match:
         word = article(phrase)
         before = before[: match.start()] + (word.capitalize() if match[1][0].isupper() else word) + match[2]
     return before + phrase + after, len(before)
+
+
+@lru_cache(1024)
+def _frame(template: str) -> tuple[str, re.Match[str] | None, str]:
+    """What stands before the slot, the article at its end, what stands after it."""
+    before, after = template.split("{}")
+    return before, _DANGLING.search(before), after
 
 
 def find(prompt: str, subject: str) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ MAX_LINES = 300
 FLOOR = {
     "_version": 0,
     "errors": 0,
+    "garbage": 0,
     "linalg": 1,
     "storage": 1,
     "figures": 1,

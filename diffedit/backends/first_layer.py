@@ -21,6 +21,7 @@ no: then the model itself runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -32,11 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffedit.linalg.product import product
-from diffedit.reading import Place
+from diffedit.reading import Numbers, Place
 
-Numbers = npt.NDArray[np.int64]
-
-_CHUNK = 128  # prompts whose rows fit the processor's own cache
+_CHUNK = 136  # prompts, at most, whose rows fit the processor's own cache
 
 
 def plain_first_layer(encoder: Any, root: Any) -> bool:
@@ -63,44 +62,65 @@ def plain_first_layer(encoder: Any, root: Any) -> bool:
     )
 
 
-def read_first_layer(root: Any, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
-    """Input of the first layer's `out_proj` and the residual stream beside it.
+class FirstLayer:
+    """Input of the first layer's `out_proj` and the residual stream beside it, at n tokens.
+
+    Everything that depends on a weight is computed at once, attention for those tokens that are taken.
 
     Args:
         root: see `plain_first_layer`.
         places: n tokens, each (span with its token ids, position).
-
-    Returns:
-        inputs [n, d] and streams [n, d].
     """
-    prefixes: dict[tuple[int, ...], int] = {}
-    index = [prefixes.setdefault(span.tokens[: i + 1], len(prefixes)) for span, i in places]
-    inputs, streams = _read(root, list(prefixes))
-    if len(prefixes) == len(index):
-        return inputs, streams
-    rows = torch.tensor(index, device=inputs.device)
-    return inputs[rows], streams[rows]
 
+    def __init__(self, root: Any, places: Sequence[Place]) -> None:
+        prefixes: dict[tuple[int, ...], int] = {}
+        index = [prefixes.setdefault(span.tokens[: i + 1], len(prefixes)) for span, i in places]
+        self._prefix = np.array(index, np.int64)  # of each token
+        embeddings, attention = root.embeddings, root.encoder.layers[0].self_attn
+        table, self._lengths = _table(list(prefixes), embeddings.position_embedding.num_embeddings)
+        distinct, self._where = _unique(table)
+        self._last = self._where[np.arange(len(table)), self._lengths - 1]
+        asked, self._asking = _unique(self._last)
+        self._heads = attention.num_heads
+        self._device = embeddings.token_embedding.weight.device
+        self._stream, normed = _embed(root, self._there(distinct))
+        self._k, self._v = _linear(attention.k_proj, normed), _linear(attention.v_proj, normed)
+        self._q = _linear(attention.q_proj, normed[self._there(asked)]).mul_(attention.scale)
 
-def _read(root: Any, prefixes: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """The same for prefixes [b] of token ids, each read at its last token."""
-    embeddings, attention = root.embeddings, root.encoder.layers[0].self_attn
-    device = embeddings.token_embedding.weight.device
-    table, lengths = _table(prefixes, embeddings.position_embedding.num_embeddings)
-    distinct, where = _unique(table)
-    last = where[np.arange(len(where)), lengths - 1]
-    asked, asking = _unique(last)
-    stream, normed = _embed(root, _there(distinct, device))
-    k, v = _linear(attention.k_proj, normed), _linear(attention.v_proj, normed)
-    q = _linear(attention.q_proj, normed[_there(asked, device)])
-    inputs = stream.new_empty(len(prefixes), stream.shape[1])
-    ascending = np.argsort(lengths, kind="stable")  # so that a chunk's lengths differ little
-    for start in range(0, len(ascending), _CHUNK):
-        rows = ascending[start : start + _CHUNK]
-        numbers = where[rows, : lengths[rows[-1]]].T, lengths[rows], asking[rows], rows
-        keys, shown, asks, at = (_there(x, device) for x in numbers)
-        inputs[at] = _attend(attention, q.index_select(0, asks), k, v, keys, shown)
-    return inputs, stream.index_select(0, _there(last, device))
+    def take(self, index: Numbers) -> tuple[Tensor, Tensor]:
+        """Inputs [b, d] and streams [b, d] at b of the tokens, by their numbers."""
+        prefixes, at = _unique(self._prefix[index])
+        inputs = self._stream.new_empty(len(prefixes), self._stream.shape[1])
+        ascending = np.argsort(self._lengths[prefixes], kind="stable")  # so that a chunk's lengths differ little
+        with torch.no_grad():
+            for rows in np.array_split(ascending, math.ceil(len(ascending) / _CHUNK)):
+                inputs[self._there(rows)] = self._attend(prefixes[rows])
+        streams = self._stream.index_select(0, self._there(self._last[prefixes[at]]))
+        return inputs.index_select(0, self._there(at)), streams
+
+    def _attend(self, prefixes: Numbers) -> Tensor:
+        """[b, d]: the query of each prefix over its tokens; the last prefix is the longest.
+
+        Sums run over the prefix one token after the other. Beyond a prefix the shares are zero, which adds nothing: so
+        its bits do not depend on the longest one beside it.
+        """
+        lengths = self._lengths[prefixes]
+        t, b = int(lengths[-1]), len(prefixes)
+        keys = self._there(self._where[prefixes, :t].T.reshape(-1))
+        q = self._q.index_select(0, self._there(self._asking[prefixes])).view(b, self._heads, -1)
+        scores = self._k.index_select(0, keys).view(t, *q.shape).mul_(q).sum(-1)
+        if t > lengths[0]:
+            beyond = self._there(np.arange(t)[:, None] >= lengths)
+            scores.masked_fill_(beyond[..., None], -torch.inf)
+        shares = scores.sub_(scores.amax(0)).exp_()
+        mixed = self._v.index_select(0, keys).view(t, *q.shape).mul_(shares[..., None])
+        for i in range(1, t):
+            shares[0] += shares[i]
+            mixed[0] += mixed[i]
+        return (mixed[0] / shares[0][..., None]).reshape(b, -1)
+
+    def _there(self, numbers: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
 
 
 def _table(prefixes: Sequence[tuple[int, ...]], positions: int) -> tuple[Numbers, Numbers]:
@@ -120,10 +140,6 @@ def _unique(numbers: Numbers) -> tuple[Numbers, Numbers]:
     return distinct, where.reshape(numbers.shape)
 
 
-def _there(numbers: Numbers, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
-
-
 def _embed(root: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
     """The stream x and the normed h of each (token, position)."""
     words, places = root.embeddings.token_embedding.weight, root.embeddings.position_embedding.weight
@@ -132,28 +148,6 @@ def _embed(root: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
     stream = words[codes // len(places)].to(exact) + places[codes % len(places)].to(exact)
     weight, bias = (None if part is None else part.to(exact) for part in (norm.weight, norm.bias))
     return stream, F.layer_norm(stream, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
-    """[b, d]: one query each (q [b, d]) over its prefix: `lengths` of the rows `keys` [t, b] of k and v.
-
-    Sums run over the prefix one token after the other. Beyond a prefix the shares are zero, which adds nothing: so its
-    bits do not depend on the longest one beside it.
-    """
-    t, b = keys.shape
-    heads = attention.num_heads
-    flat = keys.flatten()
-    q = (q * attention.scale).view(b, heads, -1)
-    scores = k.index_select(0, flat).view(t, *q.shape).mul_(q).sum(-1)
-    if t > int(lengths.min()):
-        beyond = torch.arange(t, device=keys.device)[:, None] >= lengths
-        scores.masked_fill_(beyond[..., None], -torch.inf)
-    shares = scores.sub_(scores.amax(0)).exp_()
-    mixed = v.index_select(0, flat).view(t, *q.shape).mul_(shares[..., None])
-    for i in range(1, t):
-        shares[0] += shares[i]
-        mixed[0] += mixed[i]
-    return (mixed[0] / shares[0][..., None]).reshape(b, -1)
 
 
 def _linear(module: Any, rows: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ from diffedit.backends.stable_diffusion import StableDiffusion
 from diffedit.backends.unet import UNET, cross_attention_sites, record_cross_attention
 from diffedit.errors import UnsupportedModelError
 from diffedit.interfaces import Activations, Backend, LoadedModel
-from diffedit.reading import Place, Rows
+from diffedit.reading import LazyRows, Place, Rows, Taker
 from diffedit.site import EditSite, Role, SubjectSpan
 
 if TYPE_CHECKING:
@@ -166,21 +166,18 @@ class SDXL(Backend):
 
     def read(self, places: Sequence[Place], sites: Sequence[EditSite], *, padded: bool = False) -> Rows:
         """What the sites see at single tokens, each encoder by the ids of its own tokenizer; see `Backend.read`."""
-        inputs: dict[EditSite, Tensor] = {}
-        streams: dict[EditSite, Tensor] = {}
+        takers: dict[EditSite, Taker] = {}
         for component, half in self._encoders.items():
             own = [self._known(site) for site in sites if site.component == component]
             if own:
                 given = places if half is self._first else [(self._in_second(span), at) for span, at in places]
                 part = half.read(given, own, padded=padded)
-                inputs.update(part.inputs)
-                streams.update(part.streams)
+                takers.update((site, partial(part.take, site)) for site in own)
         cross = [site for site in sites if site.component not in self._encoders]
         if cross:
             part = super().read(places, cross, padded=padded)
-            inputs.update(part.inputs)
-            streams.update(part.streams)
-        return Rows({site: inputs[site] for site in sites}, {site: streams[site] for site in sites})
+            takers.update((site, partial(part.take, site)) for site in cross)
+        return LazyRows(len(places), takers)
 
     def independent(self, sites: Sequence[EditSite], *, padded: bool = False) -> bool:
         """Where it holds for each encoder by itself; see `Backend.independent`."""

@@ -6,7 +6,8 @@ Never "the token before EOS" (right only if the subject ends the prompt) and nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from diffedit.errors import SubjectTruncatedError
@@ -57,15 +58,13 @@ def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], lengt
     distinct = dict.fromkeys(phrases)
     plain = [phrase for phrase in distinct if _is_plain(*phrase)]
     found: dict[tuple[str, str, int], SubjectSpan] = {}
-    for start in range(0, len(plain), _TOGETHER):
-        part = plain[start : start + _TOGETHER]
-        for phrase, encoded in zip(part, _encode(tokenizer, [prompt for prompt, _, _ in part]), strict=True):
-            prompt, subject, begin = phrase
-            first, last = encoded.char_to_token(begin), encoded.char_to_token(begin + len(subject) - 1)
-            ids = encoded.ids
-            eos = min(len(ids), length) - 1
-            if first is not None and last is not None and last < eos:
-                found[phrase] = SubjectSpan(prompt, subject, first, last + 1, eos, _cut(ids, length))
+    for phrase, encoded in zip(plain, _all_encoded(tokenizer, [prompt for prompt, _, _ in plain]), strict=True):
+        prompt, subject, begin = phrase
+        first, last = encoded.char_to_token(begin), encoded.char_to_token(begin + len(subject) - 1)
+        ids = encoded.ids
+        eos = min(len(ids), length) - 1
+        if first is not None and last is not None and last < eos:
+            found[phrase] = SubjectSpan(prompt, subject, first, last + 1, eos, _cut(ids, length))
     for phrase in distinct:
         if phrase not in found:  # text to be normalised first, or an error to be told
             prompt, subject, begin = phrase
@@ -74,6 +73,21 @@ def subject_spans(tokenizer: Any, phrases: Sequence[tuple[str, str, int]], lengt
                 raise no_whole_word(prompt)
             found[phrase] = subject_span(tokenizer, prompt, subject, length, starts.index(begin))
     return [found[phrase] for phrase in phrases]
+
+
+def _all_encoded(tokenizer: Any, prompts: list[str]) -> Iterator[Any]:
+    """The encodings of any number of prompts; a thread encodes the next part while this one is looked at."""
+    if len(prompts) <= _TOGETHER:
+        yield from _encode(tokenizer, prompts)
+        return
+    parts = [prompts[start : start + _TOGETHER] for start in range(0, len(prompts), _TOGETHER)]
+    with ThreadPoolExecutor(1, "diffedit-tokens") as pool:
+        ahead = pool.submit(_encode, tokenizer, parts[0])
+        for part in parts[1:]:
+            ready = ahead.result()
+            ahead = pool.submit(_encode, tokenizer, part)
+            yield from ready
+        yield from ahead.result()
 
 
 def _encode(tokenizer: Any, prompts: list[str]) -> list[Any]:

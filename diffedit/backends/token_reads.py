@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from diffedit.backends.first_layer import plain_first_layer, read_first_layer
+from diffedit.backends.first_layer import FirstLayer, plain_first_layer
 from diffedit.backends.spans import subject_spans
 from diffedit.interfaces import Backend
-from diffedit.reading import Place, Rows
+from diffedit.reading import LazyRows, Place, Rows
 from diffedit.site import EditSite, Role, SubjectSpan
 
 
@@ -51,8 +51,8 @@ class TokenReads(Backend):
         """What the sites see at single tokens; see `Backend.read` and the module's text."""
         if self.independent(sites, padded=padded) and all(position < len(span.tokens) for span, position in places):
             with torch.no_grad(), torch.autocast(device_type=self.weight(sites[0]).device.type, enabled=False):
-                inputs, streams = read_first_layer(self._root(self._encoder), places)
-            return Rows({sites[0]: inputs}, {sites[0]: streams})
+                layer = FirstLayer(self._root(self._encoder), places)
+            return LazyRows(len(places), {sites[0]: layer.take})
         return super().read(places, sites, padded=padded)
 
     def independent(self, sites: Sequence[EditSite], *, padded: bool = False) -> bool:

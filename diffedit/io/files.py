@@ -34,9 +34,10 @@ from diffedit.errors import (
     UnsupportedTensorError,
     UnsupportedVersionError,
 )
-from diffedit.io.container import DTYPE_NAMES, MAX_FILE, pack, tensor_numbers, unpack
+from diffedit.io.container import MAX_FILE, pack, unpack
 from diffedit.io.manifest import FORMAT, FORMAT_VERSION, Manifest, TensorRecord, canonical_json
 from diffedit.io.names import tensor_names
+from diffedit.io.records import tensor_records
 from diffedit.io.strict import loads
 from diffedit.storage import read_together
 
@@ -44,34 +45,7 @@ EDIT_FILE = "edit.safetensors"
 
 _KEY = "diffedit"
 _UNSAFE_SUFFIXES = {".bin", ".ckpt", ".h5", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-_TOGETHER = 64  # parts; to hash each by itself would take longer than to copy them
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
-
-
-def tensor_sha256(*parts: Tensor) -> str:
-    """Hex SHA-256 of the numbers of a tensor: row-major, little-endian, without shape or dtype.
-
-    Args:
-        parts: the tensor, or several of one width that are its rows in order; put together some at a time.
-
-    Raises:
-        UnsupportedTensorError: not dense float16, bfloat16, float32 or float64 tensors.
-    """
-    digest = hashlib.sha256()
-    for start in range(0, len(parts), _TOGETHER):
-        some = parts[start : start + _TOGETHER]
-        digest.update(tensor_numbers(torch.cat(some) if len(some) > 1 else some[0]).data)
-    return digest.hexdigest()
-
-
-def tensor_records(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, TensorRecord]:
-    """What the manifest says about each tensor, by name; a sequence is a tensor's rows in order."""
-    found = {}
-    for name, tensor in sorted(tensors.items()):
-        parts = [tensor] if isinstance(tensor, Tensor) else tensor
-        shape = sum(map(len, parts)), *parts[0].shape[1:]
-        found[name] = TensorRecord(dtype=DTYPE_NAMES[parts[0].dtype], shape=shape, sha256=tensor_sha256(*parts))
-    return found
 
 
 def delta_to_tensors(delta: Delta) -> dict[str, Tensor]:
@@ -94,6 +68,11 @@ def delta_to_tensors(delta: Delta) -> dict[str, Tensor]:
                 )
             tensors[name] = factor.detach().cpu().contiguous()
     return tensors
+
+
+def delta_records(delta: Delta) -> dict[str, TensorRecord]:
+    """What the manifest says about the factors; see `delta_to_tensors`."""
+    return tensor_records(delta_to_tensors(delta))
 
 
 def tensors_to_delta(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Delta:

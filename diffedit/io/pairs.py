@@ -20,8 +20,8 @@ from torch import Tensor
 
 from diffedit.errors import IntegrityError, MalformedArtifactError, NonFiniteError
 from diffedit.io.container import DTYPE_NAMES, pack, unpack
-from diffedit.io.files import tensor_records, tensor_sha256
 from diffedit.io.manifest import HeldRecord, Manifest, PairsRecord, WantedRecord
+from diffedit.io.records import tensor_records, tensor_sha256
 from diffedit.linalg.metric import Metric
 from diffedit.pairs import Held, Pairs, Wanted
 from diffedit.site import EditSite

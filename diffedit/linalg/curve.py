@@ -137,26 +137,28 @@ def from_metric(wanted: Iterable[tuple[Tensor, Tensor]], held: Iterable[Tensor],
     """
     d = metric.root.shape[1]
     mine, still = metric.root.new_zeros(2, d, d)
-    crossed, size, n = metric.root.new_zeros(d, 1), 0.0, 0
+    crossed, size, n = metric.root.new_zeros(d, 0), 0.0, 0
     few: list[tuple[Tensor, Tensor]] = []  # the rows themselves, as long as there are fewer than d of them
     for keys, residuals in wanted:
         white, asked = metric.white(keys), residuals.double()
-        mine = mine + gram(white)
-        crossed = crossed + white.T @ asked
-        size += float(asked.square().sum())
+        mine += gram(white)
+        crossed = (crossed if n else asked.new_zeros(d, asked.shape[1])).addmm_(white.T, asked)
+        size += float(torch.linalg.vector_norm(asked)) ** 2
         n += len(white)
         few = [*few, (white, asked)] if n < d else []
+    anything_held = False
     for keys in held:
-        still = still + gram(metric.white(keys))
+        still += gram(metric.white(keys))
+        anything_held = True
     g, v = torch.linalg.eigh(mine + still)
     g = g.clamp(min=0.0)
     crossed = v.T @ crossed
-    energy = crossed @ crossed.T
-    own, every = (v.T @ mine @ v) * energy, energy.diagonal()
+    every = crossed.square().sum(1)
+    own = (v.T @ mine @ v) * (crossed @ crossed.T) if anything_held else None  # else diagonal
 
     def undone(t: float) -> tuple[float, float]:
         gain = 1 / (g + t)
-        hit = float(gain @ own @ gain)
+        hit = float((gain @ own @ gain) if own is not None else (every * g) @ gain.square())
         left = size - 2 * float(every @ gain) + hit
         return max(left, 0.0) ** 0.5, max(float((every * g) @ gain.square()) - hit, 0.0) ** 0.5
 

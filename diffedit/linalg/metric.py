@@ -147,8 +147,9 @@ class Metric:
 
     def _whiten(self, rows: Tensor) -> Tensor:
         root = self.root.to(rows.device)
-        found: Tensor = torch.linalg.solve_triangular(root.T, rows.double().T, upper=False)
-        return found.T
+        found = rows.to(torch.float64, copy=True)
+        torch.linalg.solve_triangular(root.T, found.T, upper=False, out=found.T)
+        return found
 
     def _outside(self, white: Tensor) -> Tensor:
         """Whitened rows without what is excluded."""

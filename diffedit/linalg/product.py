@@ -30,11 +30,16 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [n, d_out], contiguous.
     """
+    if len(rows) <= _FEW:
+        return _together(rows, weight, _FEW).contiguous()
     out = rows.new_empty(len(rows), len(weight))
-    size = _FEW if len(rows) <= _FEW else _PART
-    for part, place in zip(torch.split(rows, size), torch.split(out, size), strict=True):
-        n = len(part)
-        if n < size:
-            part = F.pad(part, (0, 0, 0, size - n))
-        place.copy_(torch.mm(weight, part.T).T[:n])
+    for part, place in zip(torch.split(rows, _PART), torch.split(out, _PART), strict=True):
+        place.copy_(_together(part, weight, _PART))
     return out
+
+
+def _together(rows: Tensor, weight: Tensor, size: int) -> Tensor:
+    """The product of at most `size` rows, computed as if of `size`."""
+    n = len(rows)
+    padded = rows if n == size else F.pad(rows, (0, 0, 0, size - n))
+    return torch.mm(weight, padded.T).T[:n]

@@ -151,13 +151,19 @@ def _state(backend: Backend, site: EditSite) -> tuple[object, ...]:
     """
     component: Any = getattr(backend.model.pipeline, site.component, None)
     own = site.path.rsplit(".encoder.", 1)[-1] + "."
-    found: list[object] = []
-    for name, tensor in _up_to(component, site.layer) if component is not None else ():
-        if own not in name:
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].tolist()
-            found.append((name, id(tensor), tensor.data_ptr(), tensor._version, *sample))
-    return tuple(found)
+    parts = [] if component is None else [(n, t) for n, t in _up_to(component, site.layer) if own not in n]
+    if not parts:
+        return ()
+    with torch.no_grad():
+        numbers = torch.cat([_sample(tensor) for _, tensor in parts]).tolist()
+    return tuple((name, id(tensor), tensor.data_ptr(), tensor._version) for name, tensor in parts), tuple(numbers)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A few of the numbers, evenly spread."""
+    flat = tensor.reshape(-1)
+    step = max(1, len(flat) // _SAMPLES)
+    return flat[: _SAMPLES * step : step].cpu()
 
 
 def _up_to(module: nn.Module, layer: int, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from diffedit.errors import RequestError
 from diffedit.interfaces import Backend
 from diffedit.reading import Place
 from diffedit.request import Request
 from diffedit.site import EditSite, SubjectSpan, TokenRule
+from diffedit.text import render
 
 PROMPTS = 1 << 16
 
@@ -101,10 +103,22 @@ def wanted_entry(request: Request, weights: PairWeights, group: str) -> Entry:
     """The entry of a request: each name in each template, beside the target in the same one."""
     if request.target is None:
         raise RequestError("the request has no target yet", value=repr(request.subject))
-    goals = [(prompt, request.target, at) for prompt, at in request.render(request.target)]
+    goals = _goals(request.templates, request.target)
     sources = [(prompt, name, at) for name in request.names for prompt, at in request.render(name)]
-    couples = tuple((len(goals) + i, i % len(goals)) for i in range(len(sources)))
-    return Entry(request, None, weights, group, (*goals, *sources), couples)
+    return Entry(request, None, weights, group, (*goals, *sources), _couples(len(goals), len(sources)))
+
+
+@lru_cache(64)
+def _goals(templates: tuple[str, ...], target: str) -> tuple[tuple[str, str, int], ...]:
+    """The phrases of a target, which requests often share."""
+    rendered = (render(template, target) for template in templates)
+    return tuple((prompt, target, at) for prompt, at in rendered)
+
+
+@lru_cache(64)
+def _couples(goals: int, sources: int) -> tuple[tuple[int, int], ...]:
+    """Each source beside the goal in the same template."""
+    return tuple((goals + i, i % goals) for i in range(sources))
 
 
 def held_entry(request: Request, name: str, weights: PairWeights, group: str) -> Entry:

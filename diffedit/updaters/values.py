@@ -178,7 +178,8 @@ def _collect(
 
 def _marks(keys: Tensor) -> list[int]:
     """A number for each key, the same for the same bits; different keys hardly ever share one."""
-    bits = keys.cpu().numpy().view(np.int32)
+    bits = keys.cpu().numpy()
+    bits = bits.view(np.int64 if bits[0].nbytes % 8 == 0 else np.int32)
     found: list[int] = (bits @ _mark_weights(bits.shape[1])).tolist()  # beyond 64 bits it wraps around
     return found
 
@@ -201,20 +202,25 @@ def _differences(
 
     `seen` is what the sources are taken from and what the targets are taken from.
     """
-    (inputs, streams), (aims, aim_streams) = ((rows.inputs[site], rows.streams[site]) for rows in seen)
-    s, t = torch.tensor([listed.sources, listed.targets], device=inputs.device)
-    keys = inputs.index_select(0, s)
-    _check_finite("the layer's input", keys, site)
+    rows, aim_rows = seen
+    s, t = np.array([listed.sources, listed.targets])
     if entries[0].held is not None:
+        keys, _ = rows.take(site, s)
+        _check_finite("the layer's input", keys, site)
         return keys, keys[:, :0]
-    with torch.no_grad(), torch.autocast(device_type=inputs.device.type, enabled=False):
-        shift = aims.index_select(0, t).sub_(keys)
-        residuals = product(shift, backend.weight(site).detach().to(inputs.dtype))
+    if rows is aim_rows:  # at one go
+        inputs, seen_streams = rows.take(site, np.concatenate([s, t]))
+        (keys, aims), (streams, aim_streams) = inputs.chunk(2), seen_streams.chunk(2)
+    else:
+        (keys, streams), (aims, aim_streams) = rows.take(site, s), aim_rows.take(site, t)
+    _check_finite("the layer's input", keys, site)
+    with torch.no_grad(), torch.autocast(device_type=keys.device.type, enabled=False):
+        residuals = product(aims - keys, backend.weight(site).detach().to(keys.dtype))
         bias = backend.bias(site)
         if bias is not None and recipe.keep_bias:
-            residuals += bias.detach().to(inputs.dtype)
+            residuals += bias.detach().to(keys.dtype)
         if recipe.kind == "stream":
-            residuals += aim_streams.index_select(0, t).sub_(streams.index_select(0, s))
+            residuals += aim_streams - streams
     _check_finite("the layer's output", residuals, site)
     starts = np.cumsum((0, *listed.counts[:-1]))
     wanted, present = (

@@ -269,7 +269,8 @@ def test_the_state_of_the_weights_covers_all_that_a_site_depends_on_and_no_more(
     """The plain way to list them is the component's whole state dict."""
     encoder = editor.pipeline.text_encoder
     for site in editor.backend.sites(Role.TEXT_SELF_ATTN_OUT):
-        seen = {entry[0] for entry in _state(editor.backend, site)}
+        tensors, _ = _state(editor.backend, site)
+        seen = {entry[0] for entry in tensors}
         before = [f"layers.{layer}." for layer in range(site.layer + 1)]
         own = f"layers.{site.layer}.self_attn.out_proj."
         for name in encoder.state_dict():

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from diffedit import Editor, QuickFix, planning
 from diffedit.delta import Delta
 from diffedit.errors import NoOpError, RequestError, UnsupportedModelError
+from diffedit.garbage import postponed
 from diffedit.growth import count_prompts
 from diffedit.interfaces import Updater
 from diffedit.locators.causal_trace import CausalTracing
@@ -177,3 +178,20 @@ def test_costs_are_fitted_without_negative_parts():
     assert extrapolate(quadratic, values, (1.0, 100, 10_000)) == pytest.approx(5302, rel=1e-6)
     noisy = extrapolate([(1.0, n) for n in (1, 2, 4)], [5.0, 5.1, 4.9], (1.0, 100))
     assert 4.9 <= noisy <= 20
+
+
+def test_the_reading_alone_is_metered_apart(editor, monkeypatch):
+    """What follows the solve is another phase; functions around it are decorated like the reading is."""
+    big = 1 << 24
+    held = []
+
+    def describe(*given, describe=planning.describe):
+        held.append(torch.zeros(big, dtype=torch.uint8))
+        return describe(*given)
+
+    ready = planning.prepare(
+        editor.backend, editor._complete, [make_request(subject="dog", target="cat")], QuickFix(), FixedLocator()
+    )
+    monkeypatch.setattr(planning, "describe", postponed()(describe))
+    peaks = planning._measured(editor.backend, editor.ledger, ready, ready.requests).memory
+    assert 0 < peaks.reading < big <= peaks.finishing and 0 < peaks.solving < big

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from diffedit.delta import Delta, LowRank
-from diffedit.io.files import delta_to_tensors, encode_edit, tensor_records
+from diffedit.io.files import delta_to_tensors, encode_edit
 from diffedit.io.manifest import BaseRecord, Manifest, PluginRecord, SiteRecord
+from diffedit.io.records import tensor_records
 from diffedit.request import Request
 from diffedit.site import EditSite, Role, TokenRule
 

@@ -37,10 +37,9 @@ from diffedit.io.files import (
     delta_to_tensors,
     encode_edit,
     read_edit,
-    tensor_records,
-    tensor_sha256,
     tensors_to_delta,
 )
+from diffedit.io.records import tensor_records, tensor_sha256
 from diffedit.site import Role
 
 OUT, FC2 = Role.TEXT_SELF_ATTN_OUT, Role.TEXT_MLP_OUT
@@ -108,6 +107,12 @@ def test_tensor_sha256(dtype: torch.dtype) -> None:
     assert tensor_sha256(tensor) == hashlib.sha256(raw).hexdigest()
     assert tensor_sha256(tensor.T) == tensor_sha256(tensor.T.clone(memory_format=torch.contiguous_format))
     assert tensor_sha256(tensor) != tensor_sha256(tensor.abs())  # -0.0 is another number than 0.0
+
+
+def test_rows_in_parts_are_one_tensor() -> None:
+    whole = torch.randn(700, 3, generator=torch.Generator().manual_seed(0))
+    parts = [whole[i : i + 5].T.contiguous().T for i in range(0, 700, 5)]  # more than go together, not contiguous
+    assert tensor_records({"x": parts, "y": [whole]}) == tensor_records({"x": whole, "y": whole})
 
 
 def test_sizes(tiny: Any) -> None:
