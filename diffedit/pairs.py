@@ -105,10 +105,10 @@ class Pairs:
         for part in _portions(self.wanted):
             yield torch.cat([entry.keys for entry in part]), torch.cat([entry.residuals for entry in part])
 
-    def held_blocks(self) -> Iterator[Tensor]:
-        """The preserve keys in the same way."""
+    def held_blocks(self, factor: float = 1.0) -> Iterator[Tensor]:
+        """The preserve keys times a factor in the same way, but float64."""
         for part in _portions(self.held):
-            yield torch.cat([entry.keys for entry in part])
+            yield factor * torch.cat([entry.keys for entry in part]).double()
 
     def measured(self, metric: Metric) -> Pairs:
         """The same pairs with their spreads in a metric, or with the metric; both rounded to float32 like the keys.
@@ -121,7 +121,7 @@ class Pairs:
         sizes = [len(entry.keys) for entry in rows]
         if sum(sizes) > MANY * metric.root.shape[1]:
             return replace(self, metric=metric.marks, price=metric.rounded())
-        spread = torch.split(metric.back(metric.white(_joined([entry.keys for entry in rows]))), sizes)
+        spread = torch.split(metric.spread(_joined([entry.keys for entry in rows])), sizes)
         n = len(self.wanted)
         return replace(
             self,

@@ -90,13 +90,15 @@ class FirstLayer:
     def take(self, index: Numbers) -> tuple[Tensor, Tensor]:
         """Inputs [b, d] and streams [b, d] at b of the tokens, by their numbers."""
         prefixes, at = _unique(self._prefix[index])
-        inputs = self._stream.new_empty(len(prefixes), self._stream.shape[1])
         ascending = np.argsort(self._lengths[prefixes], kind="stable")  # so that a chunk's lengths differ little
+        places = np.empty_like(ascending)
+        places[ascending] = np.arange(len(ascending))
+        size = math.ceil(len(ascending) / math.ceil(len(ascending) / _CHUNK))
         with torch.no_grad():
-            for rows in np.array_split(ascending, math.ceil(len(ascending) / _CHUNK)):
-                inputs[self._there(rows)] = self._attend(prefixes[rows])
+            chunks = (ascending[start : start + size] for start in range(0, len(ascending), size))
+            inputs = torch.cat([self._attend(prefixes[rows]) for rows in chunks])
         streams = self._stream.index_select(0, self._there(self._last[prefixes[at]]))
-        return inputs.index_select(0, self._there(at)), streams
+        return inputs.index_select(0, self._there(places[at])), streams
 
     def _attend(self, prefixes: Numbers) -> Tensor:
         """[b, d]: the query of each prefix over its tokens; the last prefix is the longest.

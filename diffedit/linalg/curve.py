@@ -88,8 +88,8 @@ def from_spread(keys: Tensor, residuals: Tensor, spread: Tensor) -> TradeOff:
     Args:
         keys: [N, d] float64, wanted rows and then held ones, weights folded in.
         residuals: [n, d_out] float64, of the wanted rows.
-        spread: [N, d] float64, the keys times A0^-1, as `Metric.back(Metric.white(keys))` gives it; rounded to float32,
-            as pairs are kept, factors below `_NOISE` of the largest eigenvalue would amplify the rounding.
+        spread: [N, d] float64, the keys times A0^-1, as `Metric.spread` gives it; rounded to float32, as
+            pairs are kept, factors below `_NOISE` of the largest eigenvalue would amplify the rounding.
     """
     n = len(residuals)
     basis, triangle = torch.linalg.qr(keys)

@@ -4,7 +4,7 @@
 
 In three shapes, with M the N stacked weighted rows of which the first n are to change:
 
-    n >= d_in        D = (R^T S K) A^-1, a matrix of full rank: up = D, down = I
+    n >= d_in        D = (R^T S K) A^-1, a matrix of full rank: up = D, down = I; the rows may come in blocks
     n < d_in <= N    up = R^T sqrt(S),  down = sqrt(S) K A^-1
     N < d_in         the same with the small Gram matrix: down = first n rows of (M M^T + lam I)^-1 M
 
@@ -19,10 +19,13 @@ a few per cent. Cost for N rows: 2 N d^2 multiply-adds and d^3 / 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Blocks = Iterable[tuple[Tensor, Tensor]]
 
 GRAM_FROM = 128
 CONDITION_GRAM = 3e8
@@ -57,24 +60,52 @@ def gram_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float) ->
     n, d = keys.shape
     if n + len(others) < d:
         return _wide(keys, residuals, others, lam)
-    own, held = gram(keys), gram(others)
-    a = own + held
+    if n >= d:
+        return block_factors(lambda: [(keys, residuals)], lambda: [others], lam)
+    a = gram(keys) + gram(others)
     a.diagonal().add_(lam)
     factor, condition, rank = _factorise(a, lam, d)
     if factor is None:
         return None
-    wanted = float(torch.linalg.vector_norm(residuals))
-    if n < d:
-        down = torch.cholesky_solve(keys.T, factor).T
-        return _measured(keys, residuals, others, residuals.T.contiguous(), down, condition, rank)
-    crossed = residuals.T @ keys
+    down = torch.cholesky_solve(keys.T, factor).T
+    return _measured(keys, residuals, others, residuals.T.contiguous(), down, condition, rank)
+
+
+def block_factors(wanted: Callable[[], Blocks], held: Callable[[], Iterable[Tensor]], lam: float) -> Factors | None:
+    """The solution for n >= d_in from blocks of rows, of which one at a time is in float64; what stays is d x d.
+
+    Args:
+        wanted: keys [b, d_in] and residuals [b, d_out], weights folded in; at least one block, each time it is called.
+        held: [b, d_in], weighted rows that only enter A, likewise.
+        lam: positive.
+
+    Returns:
+        `None` where Gram matrices would lose digits.
+    """
+    blocks = ((keys.double(), residuals.double()) for keys, residuals in wanted())
+    k, r = next(blocks)
+    own, crossed, size = gram(k), r.T @ k, float(torch.linalg.vector_norm(r)) ** 2
+    for k, r in blocks:
+        own += gram(k)
+        crossed.addmm_(r.T, k)
+        size += float(torch.linalg.vector_norm(r)) ** 2
+    still = torch.zeros_like(own)
+    for rows in held():
+        still += gram(rows.double())
+    a = own + still
+    a.diagonal().add_(lam)
+    factor, condition, rank = _factorise(a, lam, len(own))
+    if factor is None:
+        return None
     change = torch.cholesky_solve(crossed.T, factor).T.contiguous()
-    left = wanted**2 - 2 * float((change * crossed).sum()) + float(((change @ own) * change).sum())
-    drift = max(float(((change @ held) * change).sum()), 0.0) ** 0.5 if len(others) else 0.0
-    if left < 1e-9 * wanted**2:  # the difference has cancelled: look at the rows themselves
-        left = float(torch.linalg.vector_norm(residuals - keys @ change.T)) ** 2
-    scale = wanted if wanted > 0 else 1.0
-    return Factors(change, _identity(keys), condition, rank, left**0.5 / scale, drift / scale)
+    left = size - 2 * float((change * crossed).sum()) + float(((change @ own) * change).sum())
+    if left < 1e-9 * size:  # the difference has cancelled: look at the rows themselves
+        missed = (torch.linalg.vector_norm(r.double() - k.double() @ change.T) for k, r in wanted())
+        left = sum(float(part) ** 2 for part in missed)
+    drift = max(float(((change @ still) * change).sum()), 0.0) ** 0.5
+    scale = size**0.5 if size > 0 else 1.0
+    one = torch.eye(len(own), dtype=own.dtype, device=own.device)
+    return Factors(change, one, condition, rank, left**0.5 / scale, drift / scale)
 
 
 def tall_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float, cut: float) -> Factors:

@@ -39,10 +39,12 @@ class Metric:
     Attributes:
         root: [d, d] float64, upper triangular T.
         excluded: [z, d] float64, orthonormal rows in whitened coordinates that no change may touch.
+        inverse: [d, d] float64, A0^-1 where nothing is excluded, for a metric that is used again and again.
     """
 
     root: Tensor
     excluded: Tensor
+    inverse: Tensor | None = None
 
     @classmethod
     def build(cls, lam: float, moment_root: Tensor | None, width: int) -> Metric:
@@ -100,7 +102,20 @@ class Metric:
         """The metric in which no change may touch these inputs [z, d]."""
         _, sigma, right = torch.linalg.svd(self._whiten(rows), full_matrices=False)
         basis = right[sigma > _RANK_TOL * sigma[0]] if len(sigma) and float(sigma[0]) > 0 else right[:0]
-        return replace(self, excluded=basis.cpu())
+        return replace(self, excluded=basis.cpu(), inverse=None)
+
+    def kept(self) -> Metric:
+        """The same with the inverse: worth its d^3 for a metric of many edits."""
+        if len(self.excluded):
+            return self
+        root = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root), dtype=self.root.dtype), upper=True)
+        return replace(self, inverse=root @ root.T)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """[n, d] float64: rows times A0^-1, without what is excluded."""
+        if self.inverse is None:
+            return self.back(self.white(rows))
+        return (self.inverse.to(rows.device) @ rows.double().T).T  # symmetric, and so it is read as it lies in memory
 
     def white(self, rows: Tensor) -> Tensor:
         """[n, d] float64: rows in whitened coordinates, without what is excluded."""
@@ -124,7 +139,7 @@ class Metric:
             )
 
     def back(self, white: Tensor) -> Tensor:
-        """[n, d]: whitened rows x as the rows x T^-T that multiply keys; of `white(k)` it is the spread of k."""
+        """[n, d]: whitened rows x as the rows x T^-T that multiply keys."""
         found: Tensor = torch.linalg.solve_triangular(self.root.to(white.device), white.T, upper=True)
         return found.T  # from the left, for that is faster
 

@@ -24,18 +24,20 @@ that, and from a QR factorisation in blocks where it is not (`linalg.gram`): the
 d_in pairs the change has full rank, and the factors are the matrix and the identity.
 
 Source: Basu et al. 2023 (arXiv 2310.13730), eq. 8 and 9; the preserve term is UCE's (arXiv 2308.14761), the second
-moment MEMIT's. Limits: all stacked rows are held in memory, in float64.
+moment MEMIT's. Limits: all stacked rows are held in memory, in float64 (not so in `ridge_of_blocks`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffedit.errors import IllConditionedError, NonFiniteError, RequestError
-from diffedit.linalg.gram import GRAM_FROM, Factors, gram_factors, tall_factors
+from diffedit.linalg.gram import GRAM_FROM, Blocks, Factors, block_factors, gram_factors, tall_factors
 
 RCOND = 1e-12
 CONDITION_LIMIT = 1e14
@@ -117,6 +119,32 @@ def ridge_factors(
         raise RequestError("every key is zero", cause="nothing distinguishes the subject at this site")
     with torch.autocast(device_type=keys.device.type, enabled=False), torch.no_grad():
         found = _solve(keys, residuals, preserved, moment, lam)
+    return _told(found)
+
+
+def ridge_of_blocks(
+    wanted: Callable[[], Blocks], held: Callable[[], Iterable[Tensor]], *, lam: float
+) -> RidgeSolution | None:
+    """`ridge_factors` for at least d_in keys that come in blocks: one at a time is turned into float64.
+
+    Args:
+        wanted: keys [b, d_in] and residuals [b, d_out], weights folded in; anew each time it is called.
+        held: preserve keys [b, d_in], weights folded in, likewise; all on the CPU, as all pairs.
+        lam: as for `ridge_factors`.
+
+    Returns:
+        `None` where that would lose digits, or the numbers are not fit to be solved: ask `ridge_factors`.
+    """
+    if lam <= 0:
+        return None
+    with torch.autocast(device_type="cpu", enabled=False), torch.no_grad():
+        found = block_factors(wanted, held, lam)
+    if found is None or not math.isfinite(found.residual) or not bool(found.up.any()):
+        return None
+    return _told(found)
+
+
+def _told(found: Factors) -> RidgeSolution:
     return RidgeSolution(found.up, found.down, found.condition, found.rank, found.residual, found.drift)
 
 

@@ -25,6 +25,7 @@ and scaled later, without the model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -37,7 +38,7 @@ from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.curve import TradeOff, from_metric, from_spread
 from diffedit.linalg.gram import GRAM_FROM
 from diffedit.linalg.metric import Metric
-from diffedit.linalg.solve import RidgeSolution, ridge_factors
+from diffedit.linalg.solve import RidgeSolution, ridge_factors, ridge_of_blocks
 from diffedit.pairs import Pairs
 from diffedit.request import Request, held_names
 from diffedit.site import EditSite, Location, Role
@@ -195,7 +196,7 @@ class QuickFix(Updater):
             raise RequestError("the edit has no trade-off", cause="it was solved with everyday=0 and give_up=None")
         root_weight = self.preserve_weight**0.5
         if pairs.price is not None:
-            return from_metric(pairs.blocks(), (root_weight * rows for rows in pairs.held_blocks()), pairs.price)
+            return from_metric(pairs.blocks(), pairs.held_blocks(root_weight), pairs.price)
         keys, residuals, held = pairs.stack()
         rows = torch.cat([keys, root_weight * held])
         spread = pairs.spreads()
@@ -212,6 +213,10 @@ class QuickFix(Updater):
         return curve.choose(automatic if self.give_up == "auto" else self.give_up)
 
     def _plain(self, data: Pairs) -> tuple[RidgeSolution, float]:
+        if sum(len(entry.keys) for entry in data.wanted) >= data.wanted[0].keys.shape[1]:
+            found = ridge_of_blocks(data.blocks, partial(data.held_blocks, self.preserve_weight**0.5), lam=self.lam)
+            if found is not None:
+                return found, 1.0
         keys, residuals, held = data.stack()
         still = held.new_full((held.shape[0],), self.preserve_weight)
         return ridge_factors(keys, residuals, lam=self.lam, preserve=held, preserve_weights=still), 1.0

@@ -117,7 +117,7 @@ def everyday_metric(backend: Backend, site: EditSite, count: int, lam: float, we
     key = "everyday", site, count, lam, weight, state
     known = backend.statistics.get(key) if state else None
     if known is None:
-        known = Metric.of_inputs(lam, weight, _inputs(backend, site, count))
+        known = Metric.of_inputs(lam, weight, _inputs(backend, site, count)).kept()
         for old in [k for k in backend.statistics if k[:2] == key[:2]]:
             del backend.statistics[old]
         if state:

@@ -11,7 +11,7 @@ from diffedit.linalg import gram, solve
 from diffedit.linalg.gram import CONDITION_GRAM, GRAM_FROM, gram_factors, tall_factors
 from diffedit.linalg.overlap import sharing
 from diffedit.linalg.rows import reduce_batch, reduce_rows
-from diffedit.linalg.solve import ridge_factors
+from diffedit.linalg.solve import ridge_factors, ridge_of_blocks
 from tests.oracle.strategies import matrix, orthonormal
 
 SHAPES = {
@@ -65,6 +65,40 @@ def test_the_gram_way_was_taken_and_refuses_what_it_cannot_do(monkeypatch):
     assert gap(dense(exact), dense(plain)) <= 1e-8
     assert careless is None or gap(dense(careless), dense(plain)) > 1e-7
     assert exact.condition == pytest.approx(plain.condition, rel=1e-4) and exact.condition > CONDITION_GRAM
+
+
+@pytest.mark.parametrize("m", [0, 50])
+@pytest.mark.parametrize("exact", [False, True], ids=["random", "fitted exactly"])
+def test_blocks_of_rows_give_what_the_svd_gives(m, exact, monkeypatch):
+    """Float32 rows, as pairs are kept, in blocks of several sizes; residuals that a change fits to the last digit."""
+    rows = problem(300, m, 60, 0.5)
+    keys, residuals, held = (x.float() for x in rows)
+    if exact:
+        change = np.random.default_rng(1).standard_normal((20, 60)) / 8
+        keys, residuals = torch.round(keys * 8) / 8, torch.round(keys * 8).double() @ torch.from_numpy(change).T / 8
+    options = dict(lam=1e-3, preserve=0.3**0.5 * held.double()) if m else dict(lam=1e-3)
+    monkeypatch.setattr(solve, "GRAM_FROM", 10**9)
+    plain = ridge_factors(keys, residuals, **options)
+    for size in (1, 77, 300):
+        wanted = list(zip(torch.split(keys, size), torch.split(residuals, size), strict=True))
+        kept = [0.3**0.5 * part.double() for part in torch.split(held, size) if m]
+        found = ridge_of_blocks(lambda wanted=wanted: iter(wanted), lambda kept=kept: iter(kept), lam=1e-3)
+        assert gap(dense(found), dense(plain)) <= 1e-9
+        for name in ("condition", "residual", "preserve_drift"):
+            assert getattr(found, name) == pytest.approx(getattr(plain, name), rel=1e-5, abs=1e-9)
+        assert found.effective_rank == plain.effective_rank
+
+
+def test_blocks_that_are_not_fit_are_left_to_the_plain_way():
+    keys, residuals, _ = problem(300, 0, 60, 6.0)
+    for k, r, lam in (
+        (keys, residuals, 1e-10),  # too ill-conditioned
+        (keys, residuals, 0.0),
+        (0 * keys, residuals, 1.0),
+        (keys, residuals * float("nan"), 1.0),
+        (torch.full_like(keys, float("inf")), residuals, 1.0),
+    ):
+        assert ridge_of_blocks(lambda k=k, r=r: [(k, r)], lambda: [], lam=lam) is None
 
 
 @pytest.mark.parametrize("lam", [0.0, 1e-6])

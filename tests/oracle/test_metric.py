@@ -35,11 +35,12 @@ class Problem:
 
     def ways(self, metric: Metric | None = None) -> list[TradeOff]:
         metric = metric or self.metric
-        spread = metric.back(metric.white(self.rows))
+        spreads = [metric.spread(self.rows), metric.kept().spread(self.rows)]
         n = len(self.residuals)
         blocks = [(self.rows[i : min(i + 3, n)], self.residuals[i : i + 3]) for i in range(0, n, 3)]
         held = [self.rows[i : i + 2] for i in range(n, len(self.rows), 2)]
-        return [from_spread(self.rows, self.residuals, spread), from_metric(blocks, held, metric)]
+        way, kept = (from_spread(self.rows, self.residuals, spread) for spread in spreads)
+        return [way, kept, from_metric(blocks, held, metric)]
 
     def objective(self, change: torch.Tensor, t: float) -> torch.Tensor:
         k, q = torch.from_numpy(self.k), torch.from_numpy(self.q)
@@ -166,7 +167,7 @@ def test_the_search_that_ends_early_finds_what_forty_halvings_find(seed, n, m, d
 
 def test_a_scaled_request_chooses_the_same_factor():
     p = Problem(6, 5, 3, 20, 4)
-    spread = p.metric.back(p.metric.white(p.rows))
+    spread = p.metric.spread(p.rows)
     assert from_spread(p.rows, p.residuals, spread).choose(0.2) == from_spread(p.rows, -7 * p.residuals, spread).choose(
         0.2
     )
@@ -181,7 +182,8 @@ def test_an_ill_conditioned_moment_loses_few_digits():
     metric = Metric.build(lam, root, 30)
     oracle = ridge_factors(keys, residuals, lam=lam, moment_root=root)
     for curve in (
-        from_spread(keys, residuals, metric.back(metric.white(keys))),
+        from_spread(keys, residuals, metric.spread(keys)),
+        from_spread(keys, residuals, metric.kept().spread(keys)),
         from_metric([(keys, residuals)], [], metric),
     ):
         assert close(dense(curve, 1.0), (oracle.up @ oracle.down).numpy(), 1e-5)
@@ -198,7 +200,7 @@ def test_the_metric_of_inputs_is_that_of_their_moment(lam):
     assert torch.equal(found.root, found.root.triu()) and bool((found.root.diagonal() != 0).all())
     other = Metric.build(lam, torch.from_numpy(rows) * (100.0 / 40) ** 0.5, 12)
     keys = torch.from_numpy(np.random.default_rng(9).standard_normal((3, 12)))
-    assert close(found.back(found.white(keys)).numpy(), other.back(other.white(keys)).numpy(), 1e-6)
+    assert close(found.spread(keys).numpy(), other.spread(keys).numpy(), 1e-6)
 
 
 def test_bad_input_is_refused():
