@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import NonFiniteError, RequestError
+from diffedit.linalg.gram import GRAM_FROM
 from diffedit.pairs import Pairs
 from diffedit.site import EditSite
+
+FLOAT32_TOL = 1e-7  # what a float32 factor does not hold anyway
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +134,19 @@ class LowRank:
         """
         q, r = torch.linalg.qr(self.down.double().T)
         return LowRank(self.up.double() @ r.T, q.T)
+
+    def thin(self) -> LowRank:
+        """The same matrix in as few float32 factors as it takes; without a decomposition where they are many."""
+        change = self
+        if change.rank < GRAM_FROM:
+            change = change.compress(FLOAT32_TOL)
+        elif change.rank < min(change.shape):
+            change = change.orthogonal()
+        if change.rank > min(change.shape):
+            dense, wide = change.dense(), change.shape[0] < change.shape[1]
+            one = torch.eye(min(change.shape), dtype=dense.dtype, device=dense.device)
+            change = LowRank(one, dense) if wide else LowRank(dense, one)
+        return change.to(torch.float32)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> LowRank:
         """Both factors cast and moved."""

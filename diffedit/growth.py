@@ -2,14 +2,15 @@
 
 Time: a + b p + c (r d m + e m^3) for p prompts and r rows of keys of width d, m = min(r, d). Each weight is tried,
 hashed and written; each prompt is a pass of the model; a solve multiplies r x d by itself and decomposes an m x m
-matrix, with e = 10 for the eigenvalues that a metric needs, else 1/3.
+matrix, with e = 10 for the eigenvalues that a metric needs, else 1/3. Beyond d rows all of it is linear in p, and b
+falls with p, for prompts share tokens: a part that is so large, and the one before it, give the slope.
 
 Memory is a peak, the largest of three, and the one that counts for the whole may be hidden in a part under another. So
 each is measured by itself and grows by its own law. With P the bytes of the pairs that are kept:
 
     reading              P + a min(p, `PROMPTS`)^b       b <= 1: prompts share tokens, and are read in such portions
     solving              P + 5 P + a + b min(r, d)       the pairs in float64, weighted, their products; matrices d x d
-    solving in blocks    P + B + a + b min(r, d)         for more than `MANY` rows per dimension of a metric
+    solving in blocks    P + B + a + b min(r, d)         for more than `MANY` rows per dimension, where the method can
     finishing            P + a + b min(r, d)             the trial, hashes and the write
 
 B is `_BLOCKS` blocks of keys and residuals in float64; rows that go in blocks keep no spreads: P is smaller then. P is
@@ -106,37 +107,48 @@ class _Size:
     blocks: float = 0.0
 
 
-def expected(parts: Sequence[Part], requests: Sequence[Request], width: int) -> tuple[float, int]:
+def expected(
+    parts: Sequence[Part], requests: Sequence[Request], width: int, in_blocks: bool = False
+) -> tuple[float, int]:
     """Seconds of the whole, and the bytes that the process grows by.
 
     Args:
         parts: at least one.
         requests: the whole.
         width: numbers in a key.
+        in_blocks: whether the updater solves many rows some at a time; see `Updater.in_blocks`.
     """
     last, prompts = parts[-1], count_prompts(requests)
     if last.prompts == prompts:
         return last.seconds, round(HELD * max(last.memory.reading, last.memory.solving, last.memory.finishing))
-    sizes = [_size(part) for part in parts]
+    sizes = [_size(part, in_blocks) for part in parts]
     share = count_couples(requests) / count_couples(last.requests)
     kept = count_held(requests) / max(1, count_held(last.requests))
     asked, held = _rows(last)
     rows = grown(parts, [_rows(part)[0] for part in parts], share) + held * kept
     sites = max(1, len(last.edit.delta.pairs or {}))
     pairs = sizes[-1].pairs * rows / max(1, asked + held)
-    blocks = _blocks(last.edit, rows / sites, width)
+    blocks = _blocks(last.edit, rows / sites, width) if in_blocks else 0.0
     if blocks and not sizes[-1].blocks:
         pairs *= 1 - _spreads(last.edit) / max(1.0, sizes[-1].pairs)
     whole = _Size(prompts, rows / sites, pairs, blocks)
     cubic = 10.0 if any(at_site.metric for at_site in (last.edit.delta.pairs or {}).values()) else 1 / 3
-    timed = [(1.0, float(size.prompts), _products(size.rows, width, cubic)) for size in (*sizes, whole)]
-    seconds = extrapolate(timed[:-1], [part.seconds for part in parts], timed[-1])
+    seconds = _seconds(sizes, [part.seconds for part in parts], whole, width, cubic)
     peaks = [
         _reading(sizes, [part.memory.reading for part in parts], whole),
         _peak(sizes, [part.memory.solving for part in parts], whole, _solving, width),
         _peak(sizes, [part.memory.finishing for part in parts], whole, _kept, width),
     ]
     return seconds, round(HELD * max(peaks))
+
+
+def _seconds(sizes: Sequence[_Size], took: Sequence[float], whole: _Size, width: int, cubic: float) -> float:
+    """By the law of the module's text, or, where all is linear, by the last two parts, which know the slope best."""
+    if len(sizes) > 1 and sizes[-1].rows >= width:
+        slope = (took[-1] - took[-2]) / (sizes[-1].prompts - sizes[-2].prompts)
+        return took[-1] + max(0.0, slope) * (whole.prompts - sizes[-1].prompts)
+    timed = [(1.0, float(size.prompts), _products(size.rows, width, cubic)) for size in (*sizes, whole)]
+    return extrapolate(timed[:-1], took, timed[-1])
 
 
 def _products(rows: float, width: int, cubic: float) -> float:
@@ -174,10 +186,10 @@ def _peak(
 
 def _blocks(edit: Edit, rows: float, width: int) -> float:
     """Bytes of the blocks that so many rows per site are solved in; 0 if they are solved at once."""
-    pairs = (edit.delta.pairs or {}).values()
-    if rows <= MANY * width or not any(at_site.metric for at_site in pairs):
+    if rows <= MANY * width:
         return 0.0
-    return float(_BLOCKS * min(rows, BLOCK) * max(sum(_widths(at_site)) for at_site in pairs) * _DOUBLE)
+    most = max(sum(_widths(at_site)) for at_site in (edit.delta.pairs or {}).values())
+    return float(_BLOCKS * min(rows, BLOCK) * most * _DOUBLE)
 
 
 def _widths(pairs: Pairs) -> tuple[int, int]:
@@ -196,7 +208,7 @@ def _rows(part: Part) -> tuple[int, int]:
     return asked, sum(len(entry.keys) for at_site in pairs for entry in at_site.held)
 
 
-def _size(part: Part) -> _Size:
+def _size(part: Part, in_blocks: bool) -> _Size:
     pairs = part.edit.delta.pairs or {}
     tensors = {
         tensor.data_ptr(): tensor.nbytes  # sites may share their keys
@@ -209,7 +221,7 @@ def _size(part: Part) -> _Size:
     }
     rows = sum(_rows(part)) / max(1, len(pairs))
     width = max((_widths(at_site)[0] for at_site in pairs.values()), default=1)
-    return _Size(part.prompts, rows, sum(tensors.values()), _blocks(part.edit, rows, width))
+    return _Size(part.prompts, rows, sum(tensors.values()), _blocks(part.edit, rows, width) if in_blocks else 0.0)
 
 
 def stored_pairs(edit: Edit, share: float, held: float) -> int:

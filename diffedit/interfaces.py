@@ -267,6 +267,11 @@ class Updater(Plugin, ABC):
     preserves: ClassVar[bool] = False
     locator: ClassVar[str] = "fixed"
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether rows of which there are many are solved some at a time, so that the solve needs less memory."""
+        return False
+
     @abstractmethod
     def solve(self, backend: Backend, requests: Sequence[Request], location: Location) -> Delta:
         """The change that carries out all requests at once; every request has a target by now."""

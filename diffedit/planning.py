@@ -160,7 +160,7 @@ def _plan(backend: Backend, ready: Prepared, parts: Sequence[Part], choosing: fl
         fields = {"name": site.name, "layer": site.layer, "role": site.role, "d_out": site.d_out, "d_in": site.d_in}
         sites.append(PlannedSite(**fields, rank=rank, rank_bound=most))
     width = min((site.d_in for site in location.sites), default=1)
-    took, memory = expected(parts, requests, width) if parts else (None, None)
+    took, memory = expected(parts, requests, width, ready.updater.in_blocks) if parts else (None, None)
     notes = [] if parts else [f"the updater {ready.updater.name} does not solve: what it costs is not known beforehand"]
     return Plan(
         requests=requests,

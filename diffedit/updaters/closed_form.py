@@ -36,7 +36,6 @@ from diffedit.delta import Delta, Diagnostics, LowRank
 from diffedit.errors import NotComposableError, RequestError
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.curve import TradeOff, from_metric, from_spread
-from diffedit.linalg.gram import GRAM_FROM
 from diffedit.linalg.metric import Metric
 from diffedit.linalg.solve import RidgeSolution, ridge_factors, ridge_of_blocks
 from diffedit.pairs import Pairs
@@ -47,7 +46,6 @@ from diffedit.updaters.layers import in_turn
 from diffedit.updaters.tokens import PairWeights
 from diffedit.updaters.values import Recipe, ValueKind, key_values
 
-FLOAT32_TOL = 1e-7
 TAIL_WEIGHT, TAIL_WEIGHT_SPREAD = 0.3, 1.0
 PAIR_TOL = 0.05
 CAPTIONS = 300
@@ -110,6 +108,11 @@ class QuickFix(Updater):
         return self
 
     @property
+    def in_blocks(self) -> bool:
+        """Except where lam = 0 needs all rows at once."""
+        return self._priced or self.lam > 0
+
+    @property
     def _priced(self) -> bool:
         """Whether the solve is made in a metric of its own."""
         return self.everyday > 0 or self.exact != "none" or self.give_up is not None
@@ -165,7 +168,7 @@ class QuickFix(Updater):
         diagnostics: dict[EditSite, Diagnostics] = {}
         for site, data in pairs.items():
             solution, factor = self._in_metric(data) if data.metric else self._plain(data)
-            factors[site] = _thin(LowRank(solution.up, solution.down))
+            factors[site] = LowRank(solution.up, solution.down).thin()
             diagnostics[site] = diagnose(solution, factors[site], data, factor)
         return Delta(factors, diagnostics, pairs)
 
@@ -264,19 +267,6 @@ def diagnose(solution: RidgeSolution, change: LowRank, data: Pairs, factor: floa
         preserved=sum(entry.count for entry in data.held),
         factor=factor,
     )
-
-
-def _thin(change: LowRank) -> LowRank:
-    """The same change in as few float32 factors as it takes."""
-    if change.rank < GRAM_FROM:
-        change = change.compress(FLOAT32_TOL)
-    elif change.rank < min(change.shape):
-        change = change.orthogonal()
-    if change.rank > min(change.shape):
-        dense, wide = change.dense(), change.shape[0] < change.shape[1]
-        one = torch.eye(min(change.shape), dtype=dense.dtype, device=dense.device)
-        change = LowRank(one, dense) if wide else LowRank(dense, one)
-    return change.to(torch.float32)
 
 
 class QuickFixPublished(QuickFix):

@@ -35,7 +35,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffedit.delta import Delta, Diagnostics, LowRank
+from diffedit.delta import FLOAT32_TOL, Delta, Diagnostics, LowRank
 from diffedit.errors import NonFiniteError, RequestError
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.solve import RidgeSolution, ridge_factors
@@ -47,7 +47,6 @@ from diffedit.updaters.text_states import Pairing, Reading, preserved_states, re
 
 Prompts = Literal["bare", "expanded", "request"]
 
-_FLOAT32_TOL = 1e-7
 _BARE = ("{}",)
 _TIME = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
 
@@ -102,7 +101,7 @@ class CrossAttention(Updater):
         factors: dict[EditSite, LowRank] = {}
         diagnostics: dict[EditSite, Diagnostics] = {}
         for site, solution in shared_factors(pairs, self.lam, self.preserve_scale).items():
-            change = LowRank(solution.up, solution.down).compress(_FLOAT32_TOL)
+            change = LowRank(solution.up, solution.down).compress(FLOAT32_TOL)
             factors[site] = change.to(torch.float32)
             diagnostics[site] = diagnose(solution, change, pairs[site])
         return Delta(factors, diagnostics, pairs if keep else {})

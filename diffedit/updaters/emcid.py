@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffedit.delta import Delta, Diagnostics, LowRank
+from diffedit.delta import FLOAT32_TOL, Delta, Diagnostics, LowRank
 from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.solve import RidgeSolution
@@ -43,7 +43,6 @@ from diffedit.updaters.steering import Aim, Descent, Fact, Steering, Understood,
 
 logger = logging.getLogger("diffedit")
 
-_FLOAT32_TOL = 1e-7
 _NEAR = 0.5
 
 
@@ -120,7 +119,7 @@ class EMCID(Updater):
         balance = Balance(self.edit_weight, self.moment_weight, self.preserve_weight)
         kept = _preserved(backend, requests)
         solved = spread(backend, sites, concepts, torch.stack(targets), kept, roots, balance)
-        factors = {site: LowRank(found.up, found.down).compress(_FLOAT32_TOL) for site, found in solved.items()}
+        factors = {site: LowRank(found.up, found.down).compress(FLOAT32_TOL) for site, found in solved.items()}
         said = {
             site: _diagnostics(backend, site, found, factors[site], len(concepts), len(kept))
             for site, found in solved.items()

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffedit.delta import Delta, Diagnostics, LowRank
+from diffedit.delta import FLOAT32_TOL, Delta, Diagnostics, LowRank
 from diffedit.errors import RequestError
 from diffedit.interfaces import Backend, Updater
 from diffedit.linalg.moments import constrained_factors
@@ -40,7 +40,6 @@ from diffedit.updaters.steering import Descent, Steering, check_one_encoder
 
 logger = logging.getLogger("diffedit")
 
-_FLOAT32_TOL = 1e-7
 _LIKELY = 0.5
 
 
@@ -100,7 +99,7 @@ class ReFACT(Updater):
         keys, deltas = torch.stack([key for key, _ in found]), torch.stack([delta for _, delta in found])
         root = second_moment(backend, site, self.captions, self.cache_dir).root(self.moment_ridge)
         solution = constrained_factors(keys, deltas, root.to(keys.device))
-        change = LowRank(solution.up, solution.down).compress(_FLOAT32_TOL)
+        change = LowRank(solution.up, solution.down).compress(FLOAT32_TOL)
         missed = deltas - keys @ solution.down.T @ solution.up.T
         norm = float(torch.linalg.vector_norm(backend.weight(site).detach(), dtype=torch.float64))
         said = Diagnostics(
