@@ -163,7 +163,7 @@ def _sample(tensor: Tensor) -> Tensor:
     """A few of the numbers, evenly spread."""
     flat = tensor.reshape(-1)
     step = max(1, len(flat) // _SAMPLES)
-    return flat[: _SAMPLES * step : step].cpu()
+    return flat[: _SAMPLES * step : step].cpu().float()
 
 
 def _up_to(module: nn.Module, layer: int, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
