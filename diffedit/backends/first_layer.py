@@ -80,12 +80,11 @@ class FirstLayer:
         table, self._lengths = _table(list(prefixes), embeddings.position_embedding.num_embeddings)
         distinct, self._where = _unique(table)
         self._last = self._where[np.arange(len(table)), self._lengths - 1]
-        asked, self._asking = _unique(self._last)
         self._heads = attention.num_heads
         self._device = embeddings.token_embedding.weight.device
         self._stream, normed = _embed(root, self._there(distinct))
         self._k, self._v = _linear(attention.k_proj, normed), _linear(attention.v_proj, normed)
-        self._q = _linear(attention.q_proj, normed[self._there(asked)]).mul_(attention.scale)
+        self._q = _linear(attention.q_proj, normed).mul_(attention.scale)
 
     def take(self, index: Numbers) -> tuple[Tensor, Tensor]:
         """Inputs [b, d] and streams [b, d] at b of the tokens, by their numbers."""
@@ -109,7 +108,7 @@ class FirstLayer:
         lengths = self._lengths[prefixes]
         t, b = int(lengths[-1]), len(prefixes)
         keys = self._there(self._where[prefixes, :t].T.reshape(-1))
-        q = self._q.index_select(0, self._there(self._asking[prefixes])).view(b, self._heads, -1)
+        q = self._q.index_select(0, self._there(self._last[prefixes])).view(b, self._heads, -1)
         scores = self._k.index_select(0, keys).view(t, *q.shape).mul_(q).sum(-1)
         if t > lengths[0]:
             beyond = self._there(np.arange(t)[:, None] >= lengths)
