@@ -10,8 +10,9 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -101,14 +102,13 @@ class Pairs:
         return keys, residuals, _joined([entry.keys for entry in self.held]) if self.held else keys[:0]
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same keys and residuals some thousand rows at a time, in the precision in which they are kept."""
-        for part in _portions(self.wanted):
-            yield torch.cat([entry.keys for entry in part]), torch.cat([entry.residuals for entry in part])
+        """The same keys and residuals some thousand rows at a time; each block takes the memory of the one before."""
+        keys, residuals = (_blocks(self.wanted, attrgetter(rows)) for rows in ("keys", "residuals"))
+        return zip(keys, residuals, strict=True)
 
     def held_blocks(self, factor: float = 1.0) -> Iterator[Tensor]:
-        """The preserve keys times a factor in the same way, but float64."""
-        for part in _portions(self.held):
-            yield factor * torch.cat([entry.keys for entry in part]).double()
+        """The preserve keys times a factor in the same way."""
+        return (keys.mul_(factor) for keys in _blocks(self.held, attrgetter("keys")))
 
     def measured(self, metric: Metric) -> Pairs:
         """The same pairs with their spreads in a metric, or with the metric; both rounded to float32 like the keys.
@@ -116,7 +116,7 @@ class Pairs:
         Raises:
             IllConditionedError: the metric excludes every wanted key.
         """
-        metric.check_room(keys for keys, _ in self.blocks())
+        metric.check_room(_blocks(self.wanted, attrgetter("keys")))
         rows: list[Wanted | Held] = [*self.wanted, *self.held]
         sizes = [len(entry.keys) for entry in rows]
         if sum(sizes) > MANY * metric.root.shape[1]:
@@ -269,18 +269,20 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, out=out)
 
 
-def _portions(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
-    """The entries in order, in runs of at least `BLOCK` rows but for the last."""
-    part: list[_Entry] = []
-    rows = 0
+def _blocks(entries: Sequence[_Entry], rows: Callable[[_Entry], Tensor]) -> Iterator[Tensor]:
+    """The rows of all entries in order, float64, at least `BLOCK` at a time but for the last."""
+    parts: list[list[Tensor]] = []
+    sizes: list[int] = []
     for entry in entries:
-        part.append(entry)
-        rows += len(entry.keys)
-        if rows >= BLOCK:
-            yield part
-            part, rows = [], 0
-    if part:
-        yield part
+        if not sizes or sizes[-1] >= BLOCK:
+            parts.append([])
+            sizes.append(0)
+        parts[-1].append(rows(entry))
+        sizes[-1] += len(parts[-1][-1])
+    if parts:
+        memory = parts[0][0].new_empty(max(sizes), parts[0][0].shape[1], dtype=torch.float64)
+        for part, size in zip(parts, sizes, strict=True):
+            yield torch.cat(part, out=memory[:size])
 
 
 def _basis(entry: Wanted) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from diffedit.io.container import DTYPE_NAMES, tensor_numbers
 from diffedit.io.manifest import TensorRecord
 
+_LARGE = 1 << 22  # bytes from which a thread for each tensor pays
 _TOGETHER = 64  # parts; to hash each by itself would take longer than to copy them
 
 
@@ -32,9 +34,17 @@ def tensor_sha256(*parts: Tensor) -> str:
 
 def tensor_records(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, TensorRecord]:
     """What the manifest says about each tensor, by name; a sequence is a tensor's rows in order."""
-    found = {}
-    for name, tensor in sorted(tensors.items()):
-        parts = [tensor] if isinstance(tensor, Tensor) else tensor
-        shape = sum(map(len, parts)), *parts[0].shape[1:]
-        found[name] = TensorRecord(dtype=DTYPE_NAMES[parts[0].dtype], shape=shape, sha256=tensor_sha256(*parts))
-    return found
+    parts = {name: [rows] if isinstance(rows, Tensor) else rows for name, rows in sorted(tensors.items())}
+    if sum(part.nbytes for rows in parts.values() for part in rows) < _LARGE:
+        digests = [tensor_sha256(*rows) for rows in parts.values()]
+    else:  # hashlib lets go of the interpreter
+        with ThreadPoolExecutor(len(parts), "diffedit-sha256") as pool:
+            digests = list(pool.map(lambda rows: tensor_sha256(*rows), parts.values()))
+    return {
+        name: TensorRecord(dtype=DTYPE_NAMES[rows[0].dtype], shape=_shape(rows), sha256=digest)
+        for (name, rows), digest in zip(parts.items(), digests, strict=True)
+    }
+
+
+def _shape(rows: Sequence[Tensor]) -> tuple[int, ...]:
+    return sum(map(len, rows)), *rows[0].shape[1:]

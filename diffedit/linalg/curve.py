@@ -132,7 +132,8 @@ def from_metric(wanted: Iterable[tuple[Tensor, Tensor]], held: Iterable[Tensor],
 
     Args:
         wanted: at least one block of keys [b, d] and residuals [b, d_out], weights folded in; on the CPU, as all pairs.
-        held: blocks [b, d] of the rows that are to stay.
+            A block may take the memory of the one before.
+        held: blocks [b, d] of the rows that are to stay, likewise.
         metric: the metric.
     """
     d = metric.root.shape[1]
@@ -145,7 +146,7 @@ def from_metric(wanted: Iterable[tuple[Tensor, Tensor]], held: Iterable[Tensor],
         crossed = (crossed if n else asked.new_zeros(d, asked.shape[1])).addmm_(white.T, asked)
         size += float(torch.linalg.vector_norm(asked)) ** 2
         n += len(white)
-        few = [*few, (white, asked)] if n < d else []
+        few = [*few, (white, asked.clone())] if n < d else []
     anything_held = False
     for keys in held:
         still += gram(metric.white(keys))

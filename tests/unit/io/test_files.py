@@ -30,6 +30,7 @@ from diffedit.errors import (
     UnsupportedTensorError,
     UnsupportedVersionError,
 )
+from diffedit.io import records
 from diffedit.io.container import pack
 from diffedit.io.files import (
     EDIT_FILE,
@@ -109,10 +110,14 @@ def test_tensor_sha256(dtype: torch.dtype) -> None:
     assert tensor_sha256(tensor) != tensor_sha256(tensor.abs())  # -0.0 is another number than 0.0
 
 
-def test_rows_in_parts_are_one_tensor() -> None:
+@pytest.mark.parametrize("large", [records._LARGE, 0], ids=["alone", "in threads"])
+def test_rows_in_parts_are_one_tensor(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_LARGE", large)
     whole = torch.randn(700, 3, generator=torch.Generator().manual_seed(0))
     parts = [whole[i : i + 5].T.contiguous().T for i in range(0, 700, 5)]  # more than go together, not contiguous
-    assert tensor_records({"x": parts, "y": [whole]}) == tensor_records({"x": whole, "y": whole})
+    found = tensor_records({"y": [whole], "x": parts})
+    assert found == tensor_records({"x": whole, "y": whole}) and list(found) == ["x", "y"]
+    assert found["x"].shape == (700, 3) and found["x"].sha256 == hashlib.sha256(whole.numpy().tobytes()).hexdigest()
 
 
 def test_sizes(tiny: Any) -> None:
