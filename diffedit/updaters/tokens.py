@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
+
 from diffedit.errors import RequestError
 from diffedit.interfaces import Backend
-from diffedit.reading import Place
+from diffedit.reading import Numbers, Place
 from diffedit.request import Request
 from diffedit.site import EditSite, SubjectSpan, TokenRule
 from diffedit.text import render
@@ -59,7 +62,7 @@ class Entry:
     couples: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Listed:
     """The pairs of a portion of entries.
 
@@ -72,9 +75,9 @@ class Listed:
     """
 
     places: tuple[Place, ...]
-    sources: tuple[int, ...]
-    targets: tuple[int, ...]
-    weights: tuple[float, ...]
+    sources: Numbers
+    targets: Numbers
+    weights: npt.NDArray[np.float64]
     counts: tuple[int, ...]
 
     def parts(self, pairs: int) -> Iterator[tuple[slice, Listed]]:
@@ -95,7 +98,12 @@ class Listed:
 
 def group_of(request: Request, weights: PairWeights) -> str:
     """What makes two requests hold the same keys for the same name: the prompts, and how token kinds weigh."""
-    text = repr((request.templates, weights.subject, weights.eos, weights.padding))
+    return _group(request.templates, weights)
+
+
+@lru_cache(64)
+def _group(templates: tuple[str, ...], weights: PairWeights) -> str:
+    text = repr((templates, weights.subject, weights.eos, weights.padding))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
@@ -189,7 +197,7 @@ def list_pairs(backend: Backend, entries: Sequence[Entry], rule: TokenRule, site
             raise RequestError(
                 "no token pairs are left", cause="every pair weight is 0", hint="give the subject tokens a weight"
             )
-    return Listed(tuple(listed), tuple(sources), tuple(targets), tuple(weights), tuple(counts))
+    return Listed(tuple(listed), np.array(sources), np.array(targets), np.array(weights), tuple(counts))
 
 
 def _pairs(

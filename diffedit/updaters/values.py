@@ -30,7 +30,6 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,7 +40,7 @@ from diffedit.interfaces import Backend
 from diffedit.linalg.product import product
 from diffedit.linalg.rows import reduce_batch, reduce_rows
 from diffedit.pairs import Held, Pairs, Wanted, check_contradictions
-from diffedit.reading import Rows
+from diffedit.reading import Numbers, Rows
 from diffedit.request import Request, edited_names
 from diffedit.rounding import frobenius
 from diffedit.site import EditSite, TokenRule
@@ -153,8 +152,8 @@ def _collect(
     of several entries with one key, each is named beside the first.
     """
     out: dict[EditSite, dict[int, _Numbers]] = {site: {} for site in sites}
-    shared: dict[EditSite, set[tuple[int, int]]] = {site: set() for site in sites}
-    holders: dict[EditSite, dict[int, int]] = {site: {} for site in sites}
+    owners: list[Numbers] = []
+    marks: dict[EditSite, list[Numbers]] = {site: [] for site in sites}
     for portion in portions(backend, entries, sites):
         read = [entries[i] for i in portion]
         listed = list_pairs(backend, read, rule, sites[0])
@@ -164,28 +163,38 @@ def _collect(
         if recipe.before and read[0].held is None:
             aims = backend.read(listed.places, sites, padded=padded)
         for which, part in listed.parts(_PAIRS):
+            owners.append(np.repeat(portion[which], part.counts))
             for site in sites:
                 keys, residuals = _differences(backend, site, read[which], part, (rows, aims), recipe, norms[site])
                 reduced = _reduced(keys, residuals, read[which], part, recipe.tol, recipe.shares.get(site, 1.0))
                 out[site].update(zip(portion[which], reduced, strict=True))
-                owners = (i for i, count in zip(portion[which], part.counts, strict=True) for _ in range(count))
-                for i, mark in zip(owners, _marks(keys), strict=True):
-                    first = holders[site].setdefault(mark, i)
-                    if first != i:
-                        shared[site].add((min(first, i), max(first, i)))
+                if len(entries) > 1:
+                    marks[site].append(_marks(keys))
+    shared = {site: _shared(owners, found) if found else set() for site, found in marks.items()}
     return {site: [found[i] for i in range(len(entries))] for site, found in out.items()}, shared
 
 
-def _marks(keys: Tensor) -> list[int]:
+def _shared(owner_parts: Sequence[Numbers], mark_parts: Sequence[Numbers]) -> set[tuple[int, int]]:
+    """The owners of one mark as couples (smaller, larger) of the first of them and each other one."""
+    owners, marks = np.concatenate(owner_parts), np.concatenate(mark_parts)
+    order = np.argsort(marks, kind="stable")
+    owners, marks = owners[order], marks[order]
+    starts = np.flatnonzero(np.diff(marks, prepend=marks[:1] + 1))
+    first = np.repeat(owners[starts], np.diff(starts, append=len(marks)))
+    couples = np.stack([np.minimum(first, owners), np.maximum(first, owners)], 1)[first != owners]
+    return {(i, j) for i, j in couples.tolist()}
+
+
+def _marks(keys: Tensor) -> Numbers:
     """A number for each key, the same for the same bits; different keys hardly ever share one."""
     bits = keys.cpu().numpy()
     bits = bits.view(np.int64 if bits[0].nbytes % 8 == 0 else np.int32)
-    found: list[int] = (bits @ _mark_weights(bits.shape[1])).tolist()  # beyond 64 bits it wraps around
+    found: Numbers = bits @ _mark_weights(bits.shape[1])  # beyond 64 bits it wraps around
     return found
 
 
 @cache
-def _mark_weights(width: int) -> npt.NDArray[np.int64]:
+def _mark_weights(width: int) -> Numbers:
     return np.random.default_rng(0).integers(-(2**62), 2**62, width) * 2 + 1
 
 
@@ -203,7 +212,7 @@ def _differences(
     `seen` is what the sources are taken from and what the targets are taken from.
     """
     rows, aim_rows = seen
-    s, t = np.array([listed.sources, listed.targets])
+    s, t = listed.sources, listed.targets
     if entries[0].held is not None:
         keys, _ = rows.take(site, s)
         _check_finite("the layer's input", keys, site)
@@ -246,7 +255,7 @@ def _reduced(
     out: dict[int, _Numbers] = {}
     counts = np.array(listed.counts)
     starts = np.cumsum(counts) - counts
-    scale = np.array(listed.weights)
+    scale = listed.weights
     strength = share * np.array([entry.request.strength for entry in entries])
     sizes = sorted(set(listed.counts))
     for n in sizes:
