@@ -28,6 +28,7 @@ from diffedit.errors import (
     ModelBusyError,
     NoOpError,
     NotAppliedError,
+    UnsupportedModelError,
 )
 from diffedit.interfaces import Backend
 from diffedit.rounding import Hashing, Known, achieved_share, dtype_name, rounded_sum, same_bits
@@ -96,7 +97,11 @@ class Ledger:
             made = rounded_sum(site, known.weight, [change])
             size = change.norm()
             achieved = achieved_share(site, known.weight.dtype, size**2, made.got)
-            relative = size / known.norm if known.norm else float("inf")
+            if known.norm == 0.0:
+                raise UnsupportedModelError(
+                    f"the weight of {site.name} is zero", cause="nothing is stored there", hint="choose another layer"
+                )
+            relative = size / known.norm
             out[site] = Trial(made.weight, achieved, relative, made.hashing)
         return out
 

@@ -107,14 +107,14 @@ class PairsRecord(_Frozen):
     Attributes:
         wanted: per request, in the requests' order.
         held: per preserved name.
-        weight_norm: Frobenius norm of the unedited weight.
+        weight_norm: Frobenius norm of the unedited weight, positive.
         metric: marks of the metric that the solve was made in (`linalg.metric`); empty without.
         tensors: the site's tensors, by name.
     """
 
     wanted: tuple[WantedRecord, ...]
     held: tuple[HeldRecord, ...]
-    weight_norm: float
+    weight_norm: Annotated[float, Field(gt=0)]
     metric: tuple[float, ...] = Field(max_length=16)
     tensors: dict[str, TensorRecord]
 

@@ -75,9 +75,9 @@ def kill_halfway(name: str, args: tuple[Any, ...]) -> None:
     kill(name, args)
 
 
-# What cannot fail, and must not be made to: releasing a lock, taking a hook away, lengthening a list, and what the
-# interpreter does by itself: entering and leaving blocks, closing generators.
-_CANNOT_FAIL = {"release", "remove", "append", "__enter__", "__exit__", "__del__"}
+# What cannot fail, and must not be made to: releasing a lock, taking a hook away, lengthening a list, switching the
+# garbage collector on again, and what the interpreter does by itself: entering and leaving blocks, closing generators.
+_CANNOT_FAIL = {"release", "remove", "append", "enable", "__enter__", "__exit__", "__del__"}
 
 
 class FailingCall:

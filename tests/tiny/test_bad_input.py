@@ -155,6 +155,16 @@ def test_an_edit_into_a_model_with_nan_is_refused(sd1, tmp_path):
         Editor(sd1).load(folder)
 
 
+def test_an_edit_of_a_weight_that_is_zero_is_refused(sd1):
+    weight = sd1.text_encoder.encoder.layers[0].self_attn.out_proj.weight
+    with torch.no_grad():
+        weight.zero_()
+    editor = Editor(sd1)
+    with pytest.raises(UnsupportedModelError, match="out_proj is zero"):
+        editor.ablate("dog", target="cat")
+    assert not weight.any() and editor.edits == ()
+
+
 def _folder(tmp_path, **files) -> Path:
     folder = tmp_path / "model"
     for name, data in files.items():

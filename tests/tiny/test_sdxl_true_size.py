@@ -47,7 +47,7 @@ def test_both_encoders_are_edited_reverted_and_exported_at_true_size(pipe, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(xl.embed(pipe, PROMPTS), before, strict=True))
     pipe.load_lora_weights(str(file))
     loaded = xl.embed(pipe, PROMPTS)
-    gaps = [float((a - b).abs().max()) for a, b in zip(loaded, edited, strict=True)]
+    gaps = [float((a - b).norm() / b.norm()) for a, b in zip(loaded, edited, strict=True)]
     pipe.unload_lora_weights()
     assert max(gaps) < 1e-5
 
