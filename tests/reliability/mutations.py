@@ -274,7 +274,8 @@ def _change(parent: Any, key: Any, rng: Random) -> None:
     if action == 0:
         del parent[key]
     elif action == 1 and isinstance(old, int | float) and not isinstance(old, bool):
-        parent[key] += rng.choice([-8, -1, 1, 8, 0.5])
+        step = rng.choice([-8, -1, 1, 8, 0.5])
+        parent[key] = old + (step if abs(old) < 1e300 else int(step))  # an earlier change may have left 10 ** 400
     elif action == 2 and isinstance(old, str) and old:
         at = rng.randrange(len(old))
         parent[key] = old[:at] + rng.choice(["", "a", " ", "\u202e", "0", "\n", "\u0301"]) + old[at + 1 :]
