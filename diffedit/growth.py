@@ -107,9 +107,7 @@ class _Size:
     blocks: float = 0.0
 
 
-def expected(
-    parts: Sequence[Part], requests: Sequence[Request], width: int, in_blocks: bool = False
-) -> tuple[float, int]:
+def expected(parts: Sequence[Part], requests: Sequence[Request], width: int, in_blocks: bool) -> tuple[float, int]:
     """Seconds of the whole, and the bytes that the process grows by.
 
     Args:
@@ -128,7 +126,7 @@ def expected(
     rows = grown(parts, [_rows(part)[0] for part in parts], share) + held * kept
     sites = max(1, len(last.edit.delta.pairs or {}))
     pairs = sizes[-1].pairs * rows / max(1, asked + held)
-    blocks = _blocks(last.edit, rows / sites, width) if in_blocks else 0.0
+    blocks = _blocks(last.edit, rows / sites, width, in_blocks)
     if blocks and not sizes[-1].blocks:
         pairs *= 1 - _spreads(last.edit) / max(1.0, sizes[-1].pairs)
     whole = _Size(prompts, rows / sites, pairs, blocks)
@@ -184,9 +182,9 @@ def _peak(
     return certain(whole) + extrapolate(features[:-1], rest, features[-1])
 
 
-def _blocks(edit: Edit, rows: float, width: int) -> float:
+def _blocks(edit: Edit, rows: float, width: int, in_blocks: bool) -> float:
     """Bytes of the blocks that so many rows per site are solved in; 0 if they are solved at once."""
-    if rows <= MANY * width:
+    if not in_blocks or rows <= MANY * width:
         return 0.0
     most = max(sum(_widths(at_site)) for at_site in (edit.delta.pairs or {}).values())
     return float(_BLOCKS * min(rows, BLOCK) * most * _DOUBLE)
@@ -221,7 +219,7 @@ def _size(part: Part, in_blocks: bool) -> _Size:
     }
     rows = sum(_rows(part)) / max(1, len(pairs))
     width = max((_widths(at_site)[0] for at_site in pairs.values()), default=1)
-    return _Size(part.prompts, rows, sum(tensors.values()), _blocks(part.edit, rows, width) if in_blocks else 0.0)
+    return _Size(part.prompts, rows, sum(tensors.values()), _blocks(part.edit, rows, width, in_blocks))
 
 
 def stored_pairs(edit: Edit, share: float, held: float) -> int:

@@ -18,13 +18,13 @@ of G (`diffedit.pairs.MANY`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffedit.linalg.gram import gram
+from diffedit.linalg.gram import gram, normal_equations
 from diffedit.linalg.metric import Metric
 
 _HALVINGS = 40
@@ -137,23 +137,27 @@ def from_metric(wanted: Iterable[tuple[Tensor, Tensor]], held: Iterable[Tensor],
         metric: the metric.
     """
     d = metric.root.shape[1]
-    mine, still = metric.root.new_zeros(2, d, d)
-    crossed, size, n = metric.root.new_zeros(d, 0), 0.0, 0
     few: list[tuple[Tensor, Tensor]] = []  # the rows themselves, as long as there are fewer than d of them
-    for keys, residuals in wanted:
-        white, asked = metric.white(keys), residuals.double()
-        mine += gram(white)
-        crossed = (crossed if n else asked.new_zeros(d, asked.shape[1])).addmm_(white.T, asked)
-        size += float(torch.linalg.vector_norm(asked)) ** 2
-        n += len(white)
-        few = [*few, (white, asked.clone())] if n < d else []
-    anything_held = False
+
+    def whitened() -> Iterator[tuple[Tensor, Tensor]]:
+        n = 0
+        for keys, residuals in wanted:
+            white, asked = metric.white(keys), residuals.double()
+            yield white, asked
+            n += len(white)
+            if n < d:
+                few.append((white, asked.clone()))
+            else:
+                few.clear()
+
+    mine, crossed, size = normal_equations(whitened())
+    still, anything_held = torch.zeros_like(mine), False
     for keys in held:
         still += gram(metric.white(keys))
         anything_held = True
     g, v = torch.linalg.eigh(mine + still)
     g = g.clamp(min=0.0)
-    crossed = v.T @ crossed
+    crossed = v.T @ crossed.T
     every = crossed.square().sum(1)
     own = (v.T @ mine @ v) * (crossed @ crossed.T) if anything_held else None  # else diagonal
 

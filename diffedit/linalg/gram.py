@@ -82,13 +82,7 @@ def block_factors(wanted: Callable[[], Blocks], held: Callable[[], Iterable[Tens
     Returns:
         `None` where Gram matrices would lose digits.
     """
-    blocks = ((keys.double(), residuals.double()) for keys, residuals in wanted())
-    k, r = next(blocks)
-    own, crossed, size = gram(k), r.T @ k, float(torch.linalg.vector_norm(r)) ** 2
-    for k, r in blocks:
-        own += gram(k)
-        crossed.addmm_(r.T, k)
-        size += float(torch.linalg.vector_norm(r)) ** 2
+    own, crossed, size = normal_equations((keys.double(), residuals.double()) for keys, residuals in wanted())
     still = torch.zeros_like(own)
     for rows in held():
         still += gram(rows.double())
@@ -104,8 +98,24 @@ def block_factors(wanted: Callable[[], Blocks], held: Callable[[], Iterable[Tens
         left = sum(float(part) ** 2 for part in missed)
     drift = max(float(((change @ still) * change).sum()), 0.0) ** 0.5
     scale = size**0.5 if size > 0 else 1.0
-    one = torch.eye(len(own), dtype=own.dtype, device=own.device)
-    return Factors(change, one, condition, rank, left**0.5 / scale, drift / scale)
+    return Factors(change, _identity(own), condition, rank, left**0.5 / scale, drift / scale)
+
+
+def normal_equations(blocks: Blocks) -> tuple[Tensor, Tensor, float]:
+    """K^T K [d_in, d_in], R^T K [d_out, d_in] and |R|^2 of rows that come in blocks.
+
+    Args:
+        blocks: at least one, keys [b, d_in] and residuals [b, d_out], float64; each may take the memory of the one
+            before.
+    """
+    rest = iter(blocks)
+    k, r = next(rest)
+    own, crossed, size = gram(k), r.T @ k, float(torch.linalg.vector_norm(r)) ** 2
+    for k, r in rest:
+        own += gram(k)
+        crossed.addmm_(r.T, k)
+        size += float(torch.linalg.vector_norm(r)) ** 2
+    return own, crossed, size
 
 
 def tall_factors(keys: Tensor, residuals: Tensor, others: Tensor, lam: float, cut: float) -> Factors:
